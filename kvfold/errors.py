@@ -1,0 +1,29 @@
+"""The errors that kvfold raises on purpose. Each names the thing, the reason and the way out."""
+
+
+class KVFoldError(Exception):
+    """Base of every error that kvfold raises on purpose."""
+
+
+class FormatError(KVFoldError, ValueError):
+    """A format cannot be understood, or cannot be used for this shape."""
+
+
+class NotBuiltError(KVFoldError, NotImplementedError):
+    """A format is well spelled, but the family that it names is not built yet."""
+
+
+class ShapeError(KVFoldError, ValueError):
+    """A tensor has the wrong shape, dtype, device or stride for an operation."""
+
+
+class CapacityError(KVFoldError, RuntimeError):
+    """A cache has no room left for the tokens it was asked to hold."""
+
+
+class FileFormatError(KVFoldError, ValueError):
+    """A saved cache is corrupted, truncated, foreign or of another format or shape."""
+
+
+class UnsupportedModelError(KVFoldError, ValueError):
+    """A model cannot run on a compressed cache, with the reason and the way out."""
