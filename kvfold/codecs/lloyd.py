@@ -61,13 +61,15 @@ def encode(y: torch.Tensor, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.bucketize(z.abs(), thresholds).to(torch.uint8)
         code = index | ((z < 0).to(torch.uint8) << (bits - 1))
         z0 = levels[code.int()]
-        zz, zz0, z0z0 = ((a * b).sum(-1, keepdim=True) for a, b in ((z, z), (z, z0), (z0, z0)))
-        cosine = zz0 / (zz * z0z0).sqrt()
+        e = z - z0
+        zz, ze, ee = ((a * b).sum(-1, keepdim=True) for a, b in ((z, z), (z, e), (e, e)))
+        zz0, z0z0 = zz - ze, zz - 2 * ze + ee
+        sine = (zz * ee - ze * ze) / (zz * z0z0)  # 1 - cos^2, without the cancellation that hides it at 8 bits
         if best is None:
-            best = (cosine, code, _stored(side.scale, scale, zz, zz0, z0z0))
+            best = (sine, code, _stored(side.scale, scale, zz, zz0, z0z0))
         else:
-            better = cosine > best[0]
-            candidate = (cosine, code, _stored(side.scale, scale, zz, zz0, z0z0))
+            better = sine < best[0]
+            candidate = (sine, code, _stored(side.scale, scale, zz, zz0, z0z0))
             best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
     assert best is not None
     stored = torch.where(finite, torch.where(rms > 0, best[2], 0.0), float("nan"))

@@ -1,0 +1,308 @@
+"""The four operations on pages: store, decode attention, prefill attention, load.
+
+Each function here checks its arguments and hands them to an implementation, chosen by :func:`choose`; the reference in
+:mod:`kvfold.ops.reference` specifies them. Shapes, everywhere:
+
+    B   sequences              H    KV heads            dk, dv   head sizes of K and V
+    Tq  query tokens           Hq   query heads         P        pages of the longest sequence
+    T   tokens of all sequences of a batch, one after the other
+
+``pages`` is uint8 ``[num_pages, H, page_bytes]`` (:class:`~kvfold.layout.PageLayout`); a *slot* is
+``page * page_size + offset``; ``block_table`` ``[B, P]`` lists each sequence's pages in order. Nothing reads a page
+beyond a sequence's length, so unwritten pages and unused table entries may hold anything (entries must be valid pages).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+
+from kvfold.errors import FormatError, ShapeError
+from kvfold.layout import PageLayout
+from kvfold.ops import reference
+from kvfold.ops.reference import apply_sink_logits, merge_states
+
+__all__ = [
+    "apply_sink_logits",
+    "backend",
+    "choose",
+    "decode_attention",
+    "exact_attention",
+    "load_kv",
+    "merge_states",
+    "prefill_attention",
+    "store_kv",
+]
+
+BACKENDS = ("auto", "reference", "cpu")
+_wanted: ContextVar[str] = ContextVar("kvfold_backend", default="auto")
+
+
+def choose(device: torch.device) -> ModuleType:
+    """The implementation for a device: numba on the CPU where it is installed, the PyTorch reference elsewhere.
+
+    Override it for a block of code with :func:`backend`.
+    """
+    wanted = _wanted.get()
+    if wanted == "reference" or (wanted == "auto" and device.type != "cpu"):
+        return reference
+    if device.type != "cpu":
+        raise FormatError(f"backend {wanted!r} runs on the CPU, and the tensors are on {device}")
+    try:
+        from kvfold.ops import cpu
+    except ImportError:
+        if wanted == "cpu":
+            raise
+        return _without_numba()
+    return cpu
+
+
+def _without_numba() -> ModuleType:
+    import logging
+
+    global _warned
+    if not _warned:
+        _warned = True
+        logging.getLogger("kvfold").warning(
+            "numba is not installed: attention on the CPU runs on the slow reference; pip install 'kvfold[cpu]'"
+        )
+    return reference
+
+
+_warned = False
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Use one implementation inside a ``with`` block: ``auto``, ``reference`` or ``cpu``.
+
+    Raises:
+        FormatError: The name is unknown.
+    """
+    if name not in BACKENDS:
+        raise FormatError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    token = _wanted.set(name)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
+    """Rotate, quantise and pack vectors, and write them into their slots of the pages, in place.
+
+    Args:
+        k: ``[T, H, dk]``, any floating dtype and strides.
+        v: ``[T, H, dv]``.
+        pages: uint8 ``[num_pages, H, page_bytes]``, contiguous.
+        slots: int64 ``[T]``, all different; a negative slot's token is dropped.
+        layout: The layout of the pages.
+
+    Raises:
+        ShapeError: A tensor has the wrong shape, dtype or device.
+    """
+    _check_pages(pages, layout)
+    heads = pages.shape[1]
+    _check("k", k, (None, heads, layout.head_size), pages.device)
+    _check("v", v, (k.shape[0], heads, layout.head_size_v), pages.device)
+    _check_integer("slots", slots, (k.shape[0],), pages.device, torch.int64)
+    choose(pages.device).store_kv(k, v, pages, slots, layout)
+
+
+def load_kv(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """De-quantise the tokens in some slots, in the model's basis.
+
+    Args:
+        pages: uint8 ``[num_pages, H, page_bytes]``.
+        slots: int64 ``[T]``; a negative slot gives zeros.
+
+    Returns:
+        K ``[T, H, dk]`` and V ``[T, H, dv]`` in float32.
+    """
+    _check_pages(pages, layout)
+    _check_integer("slots", slots, (None,), pages.device, torch.int64)
+    k, v = choose(pages.device).load_kv(pages, slots, layout)
+    return k, v
+
+
+def decode_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: PageLayout,
+    *,
+    scale: float,
+    first: torch.Tensor | None = None,
+    query_start: torch.Tensor | None = None,
+    lag: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few query tokens per sequence to packed pages.
+
+    The query t of sequence b has position ``p = query_start[b] + t`` and sees the token at position j if
+    ``first[b] <= j < seq_lens[b]``, ``j <= p - lag``, ``j > p - window`` and ``mask[b, t, j]``.
+
+    Args:
+        q: ``[B, Tq, Hq, dk]`` in the model's basis, Hq a multiple of H: query head i uses KV head ``i // (Hq // H)``.
+        block_table: int32 ``[B, P]``.
+        seq_lens: int32 or int64 ``[B]``, tokens in the pages.
+        scale: Factor of the scores, usually ``dk ** -0.5``.
+        first: ``[B]`` first visible position; default 0.
+        query_start: ``[B]`` position of the first query; default ``seq_lens - Tq``, the queries being the last tokens.
+        lag: Tokens closer than this to the query are left to somebody else, who has them exact.
+        window: Visible tokens per query, its own included.
+        softcap: Scores become ``softcap * tanh(score / softcap)``.
+        mask: bool ``[B, Tq, >= max(seq_lens)]``.
+
+    Returns:
+        out ``[B, Tq, Hq, dv]`` in q's dtype and the model's basis, and the scores' log-sum-exp ``[B, Hq, Tq]`` in float32
+        (natural logarithm); a query that sees nothing gets 0 and -inf. Partial results over disjoint tokens are joined
+        by :func:`merge_states`.
+
+    Raises:
+        ShapeError: A tensor has the wrong shape, dtype or device.
+    """
+    _check_pages(pages, layout)
+    _check("q", q, (None, None, None, layout.head_size), pages.device)
+    batch = q.shape[0]
+    _check_groups(q.shape[2], pages.shape[1])
+    _check_integer("block_table", block_table, (batch, None), pages.device)
+    for name, positions in (("seq_lens", seq_lens), ("first", first), ("query_start", query_start)):
+        if positions is not None:
+            _check_integer(name, positions, (batch,), pages.device)
+    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[:2] != q.shape[:2]):
+        raise ShapeError(f"mask is bool [B, Tq, tokens] = [{batch}, {q.shape[1]}, ...], not {_describe(mask)}")
+    out, lse = choose(pages.device).decode_attention(
+        q, pages, block_table, seq_lens, layout, scale=scale, first=first, query_start=query_start, lag=lag,
+        window=window, softcap=softcap, mask=mask,
+    )  # fmt: skip
+    return out, lse
+
+
+def exact_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    key_start: torch.Tensor,
+    query_start: torch.Tensor,
+    first: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention to tokens that are at hand exactly: the current chunk, sinks, the recent tail.
+
+    Args:
+        q: ``[B, Tq, Hq, dk]``.
+        k: ``[B, L, H, dk]`` of the tokens at positions ``key_start[b]`` to ``key_start[b] + L``.
+        v: ``[B, L, H, dv]``.
+        key_start: ``[B]``.
+        query_start: ``[B]`` position of the first query.
+        first: ``[B]`` first visible position; default ``key_start``.
+        window, softcap, mask: As in :func:`decode_attention`; the mask is indexed by position.
+
+    Returns:
+        As :func:`decode_attention`.
+    """
+    _check_groups(q.shape[2], k.shape[2])
+    out, lse = choose(q.device).exact_attention(
+        q, k, v, scale=scale, key_start=key_start, query_start=query_start, first=first, window=window,
+        softcap=softcap, mask=mask,
+    )  # fmt: skip
+    return out, lse
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    layout: PageLayout,
+    *,
+    scale: float,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of a varlen batch of chunks, each to its sequence's packed prefix and to itself.
+
+    With k and v (``chunk=exact``) a chunk's queries see the chunk's own K and V unquantised and the ``context_lens`` tokens
+    before it packed. Without (``chunk=packed``) the chunk has been stored first, ``context_lens`` includes it, and
+    every query reads page bytes, its own token's included (design, invariant 7).
+
+    Args:
+        q: ``[T, Hq, dk]``, the chunks of all sequences one after the other.
+        context_lens: ``[B]`` tokens to read from the pages; 0 where a request begins.
+        cu_seqlens: int32 or int64 ``[B + 1]``, where each chunk begins in q; ``cu_seqlens[B] = T``.
+        k: ``[T, H, dk]`` or None. v: ``[T, H, dv]`` or None.
+        window, softcap: As in :func:`decode_attention`.
+        mask: bool ``[B, longest chunk, >= tokens]``, by position.
+
+    Returns:
+        out ``[T, Hq, dv]`` and log-sum-exp ``[Hq, T]``.
+    """
+    _check_pages(pages, layout)
+    _check("q", q, (None, None, layout.head_size), pages.device)
+    _check_groups(q.shape[1], pages.shape[1])
+    batch = context_lens.shape[0]
+    _check_integer("cu_seqlens", cu_seqlens, (batch + 1,), pages.device)
+    _check_integer("block_table", block_table, (batch, None), pages.device)
+    if (k is None) != (v is None):
+        raise ShapeError("prefill_attention takes k and v together (chunk=exact) or neither (chunk=packed)")
+    if k is not None and v is not None:
+        _check("k", k, (q.shape[0], pages.shape[1], layout.head_size), pages.device)
+        _check("v", v, (q.shape[0], pages.shape[1], layout.head_size_v), pages.device)
+    out, lse = choose(pages.device).prefill_attention(
+        q, pages, block_table, context_lens, cu_seqlens, layout, scale=scale, k=k, v=v, window=window,
+        softcap=softcap, mask=mask,
+    )  # fmt: skip
+    return out, lse
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
+
+
+def _matches(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(want is None or want == got for got, want in zip(shape, wanted, strict=True))
+
+
+def _check(name: str, tensor: torch.Tensor, wanted: tuple[int | None, ...], device: torch.device) -> None:
+    if not tensor.dtype.is_floating_point or tensor.device != device or not _matches(tensor.shape, wanted):
+        shape = ", ".join("..." if want is None else str(want) for want in wanted)
+        raise ShapeError(f"{name} is a floating tensor [{shape}] on {device}, not {_describe(tensor)}")
+
+
+def _check_integer(
+    name: str, tensor: torch.Tensor, wanted: tuple[int | None, ...], device: torch.device, dtype: torch.dtype | None = None
+) -> None:
+    allowed = (dtype,) if dtype else (torch.int32, torch.int64)
+    if tensor.dtype not in allowed or tensor.device != device or not _matches(tensor.shape, wanted):
+        shape = ", ".join("..." if want is None else str(want) for want in wanted)
+        kinds = " or ".join(str(kind).removeprefix("torch.") for kind in allowed)
+        raise ShapeError(f"{name} is {kinds} [{shape}] on {device}, not {_describe(tensor)}")
+
+
+def _check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
+    if pages.dtype != torch.uint8 or pages.dim() != 3 or pages.shape[2] != layout.page_bytes or not pages.is_contiguous():
+        raise ShapeError(
+            f"pages of {layout.format} with head sizes {layout.head_size}/{layout.head_size_v} and {layout.page_size} tokens "
+            f"are contiguous uint8 [num_pages, num_kv_heads, {layout.page_bytes}], not {_describe(pages)}"
+        )
+
+
+def _check_groups(num_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ShapeError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads")

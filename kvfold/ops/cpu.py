@@ -1,0 +1,197 @@
+"""The operations on a CPU, compiled by numba: the same bytes and the same attention as the reference, fast.
+
+Storing and decoding work on the packed bytes, tile by tile: a tile's codes are unpacked into a scratch of 16 vectors that
+stays in the first-level cache, looked up in a table of levels, multiplied, and forgotten. Sequences are cut into
+splits of a fixed number of tokens, so that the cores are busy with one sequence and the result of a sequence does not
+depend on what else is in the batch.
+
+Sides that are kept exact have no codes: those formats run on the reference.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from kvfold.codecs.fp8 import decode as decode_fp8
+from kvfold.codecs.lloyd import prescale_candidates, tables
+from kvfold.formats import TILE, Side
+from kvfold.layout import PageLayout
+from kvfold.ops import cpu_kernels as kernels
+from kvfold.ops import cpu_threads, reference
+from kvfold.rotation import rotate, unrotate
+
+MAX_QUERIES = 16
+"""More query tokens than this go through windows and matrix products instead."""
+
+_RULES = {"plain": 0, "unbiased": 1, "nc": 2, "mse": 3}
+
+
+def supports(layout: PageLayout) -> bool:
+    """Whether these kernels serve a layout; otherwise the reference does."""
+    return not (layout.format.k.lossless or layout.format.v.lossless)
+
+
+@lru_cache(maxsize=256)
+def _side(layout: PageLayout, is_value: bool) -> list[int | np.ndarray]:
+    """One side as the kernels take it; see kvfold.ops.cpu_kernels.Side."""
+    side, head_size, offsets, scales = (
+        (layout.format.v, layout.head_size_v, layout.v_planes, layout.v_scales)
+        if is_value
+        else (layout.format.k, layout.head_size, layout.k_planes, layout.k_scales)
+    )
+    levels = _levels(side, head_size)
+    pairs = np.empty(0, dtype=np.float64)
+    if len(levels) <= 16:
+        codes = np.arange(256)
+        padded = np.resize(levels, 16)
+        pairs = np.stack([padded[codes & 15], padded[codes >> 4]], axis=1).view(np.float64).reshape(-1)
+    return [
+        np.array(side.planes(), dtype=np.int64),
+        np.array(offsets, dtype=np.int64),
+        np.array(side.plane_bytes(head_size), dtype=np.int64),
+        scales if side.scaled else -1,
+        int(is_value),
+        1 if side.bits > 4 else len(side.planes()),
+        levels,
+        pairs,
+    ]
+
+
+def _levels(side: Side, head_size: int) -> np.ndarray:
+    if side.rotated:
+        return tables(int(side.bits), head_size, torch.device("cpu"))[0].numpy()
+    return decode_fp8(torch.arange(256, dtype=torch.uint8), None, side).numpy()
+
+
+def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
+    """See :func:`kvfold.ops.store_kv`."""
+    if not (layout.format.k.rotated and layout.format.v.rotated):
+        return reference.store_kv(k, v, pages, slots, layout)
+    tokens, heads = k.shape[:2]
+    for x, side, is_value in ((k, layout.format.k, False), (v, layout.format.v, True)):
+        _, thresholds = tables(int(side.bits), x.shape[-1], torch.device("cpu"))
+        cpu_threads.run(
+            kernels.store_lloyd,
+            [tokens, heads, x.shape[-1], layout.page_size, layout.tile_bytes, layout.page_bytes, _RULES[side.scale]]
+            + [int(side.bits), 0, rotate(x).contiguous().numpy(), pages.numpy(), slots.contiguous().numpy()]
+            + [thresholds.numpy(), np.array(prescale_candidates(side.prescales), dtype=np.float32)]
+            + _side(layout, is_value),
+            tokens,
+        )
+
+
+def load_range(
+    pages: torch.Tensor, block_table_row: torch.Tensor, layout: PageLayout, lo: int, hi: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens lo to hi of one sequence, in the stored basis; see :func:`kvfold.ops.reference.load_range`."""
+    if not supports(layout):
+        return reference.load_range(pages, block_table_row, layout, lo, hi)
+    first_tile, end_tile = lo // TILE, -(-hi // TILE)
+    row = block_table_row.to(torch.int32).contiguous().numpy()
+    heads, tiles = pages.shape[1], end_tile - first_tile
+    loaded = []
+    for is_value, head_size in ((False, layout.head_size), (True, layout.head_size_v)):
+        x = torch.empty(heads, tiles * TILE, head_size)
+        cpu_threads.run(
+            kernels.load_tiles,
+            [heads * tiles, heads, head_size, layout.page_size, layout.tile_bytes // 4, layout.page_bytes // 4, first_tile]
+            + [0, 0, x.numpy(), pages.numpy().view(np.uint32), row, 0, 0, 0, 0]
+            + _side(layout, is_value),
+            heads * tiles,
+        )
+        loaded.append(x[:, lo - first_tile * TILE : hi - first_tile * TILE])
+    return loaded[0], loaded[1]
+
+
+def load_kv(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`kvfold.ops.load_kv`."""
+    return reference.load_kv(pages, slots, layout)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: PageLayout,
+    *,
+    scale: float,
+    first: torch.Tensor | None = None,
+    query_start: torch.Tensor | None = None,
+    lag: int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`kvfold.ops.decode_attention`."""
+    batch, num_queries, num_heads, _ = q.shape
+    if not supports(layout) or num_queries > MAX_QUERIES:
+        return reference.decode_attention(
+            q, pages, block_table, seq_lens, layout, scale=scale, first=first, query_start=query_start, lag=lag,
+            window=window, softcap=softcap, mask=mask, load=load_range,
+        )  # fmt: skip
+    heads, group = pages.shape[1], num_heads // pages.shape[1]
+    rotated = rotate(q) if layout.format.k.rotated else q.float()
+    rows = (rotated * scale).view(batch, num_queries, heads, group, layout.head_size).permute(0, 2, 1, 3, 4).contiguous()
+    lengths = seq_lens.to(torch.int64)
+    starts = torch.zeros_like(lengths) if first is None else first.to(torch.int64)
+    positions = lengths - num_queries if query_start is None else query_start.to(torch.int64)
+    table = block_table.to(torch.int32).contiguous()
+    visible = torch.empty(0, dtype=torch.bool) if mask is None else mask.contiguous()
+    splits = max(1, -(-int(lengths.max()) // kernels.SPLIT_TOKENS))
+    out = torch.empty(batch, heads, splits, num_queries * group, layout.head_size_v)
+    top, total = torch.empty(2, batch, heads, splits, num_queries * group)
+    cpu_threads.run(
+        kernels.decode_splits,
+        [batch * heads * splits, heads, splits, num_queries * group, layout.head_size, layout.head_size_v]
+        + [layout.page_size, layout.tile_bytes // 4, layout.page_bytes // 4, table.shape[1], group, lag, window or 0]
+        + [int(mask is not None), 0 if mask is None else mask.shape[-1], np.array([softcap or 0.0])]
+        + [rows.numpy(), pages.numpy().view(np.uint32), table.numpy(), starts.numpy(), lengths.numpy()]
+        + [positions.contiguous().numpy(), visible.numpy(), out.numpy(), top.numpy(), total.numpy(), 0, 0]
+        + [*_side(layout, False), *[0] * 7, *_side(layout, True)],
+        batch * heads * splits,
+    )
+    result, lse = _merge_splits(out, top, total)
+    result = result.view(batch, heads, num_queries, group, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)
+    lse = lse.view(batch, heads, num_queries, group).transpose(2, 3).flatten(1, 2)
+    return (unrotate(result) if layout.format.v.rotated else result).to(q.dtype), lse
+
+
+def _merge_splits(
+    out: torch.Tensor, top: torch.Tensor, total: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over splits ``[B, H, splits, rows(, dv)]``, relative to each split's maximum, to the result and log-sum-exp."""
+    highest = top.amax(2, keepdim=True)
+    weight = torch.exp(top - torch.where(highest == -torch.inf, 0.0, highest))
+    total = (total * weight).sum(2)
+    mixed = (out * weight.unsqueeze(-1)).sum(2)
+    safe = torch.where(total == 0, 1.0, total)
+    return mixed / safe.unsqueeze(-1), highest.squeeze(2) + total.log()
+
+
+exact_attention = reference.exact_attention
+
+
+def prefill_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    layout: PageLayout,
+    *,
+    scale: float,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`kvfold.ops.prefill_attention`."""
+    return reference.prefill_attention(
+        q, pages, block_table, context_lens, cu_seqlens, layout, scale=scale, k=k, v=v, window=window, softcap=softcap,
+        mask=mask, load=load_range,
+    )  # fmt: skip

@@ -1,0 +1,481 @@
+"""Kernels of :mod:`kvfold.ops.cpu`, compiled by numba. No torch here.
+
+Each kernel is a C function ``void(int64_t *)`` whose argument describes the arrays and scalars, so that it can run on
+torch's own pool of OpenMP threads (:mod:`kvfold.ops.cpu_threads` says why): every thread takes tasks off an atomic counter until
+none are left, so the result does not depend on how many there are.
+
+Storing takes pages as bytes, reading takes them as 32-bit words (a page is a whole number of words). Floating-point
+contraction and re-association are allowed, assumptions about NaN and infinity are not: both must come through as they do
+in an uncompressed cache.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+
+TILE = 16
+SPLIT_TOKENS = 512
+_MATH = {"contract", "reassoc", "nsz", "arcp", "afn"}
+
+Side = namedtuple("Side", "widths offsets row_bytes scale_offset interleaved low_planes levels pair_levels")
+"""What a kernel needs to know of one side.
+
+widths, offsets, row_bytes  [planes] bits, place in the tile, bytes of a token's row
+scale_offset                in the tile; -1 if the side stores none
+interleaved                 whether rows are interleaved by four tokens
+low_planes                  planes that share the low nibble of a code; the others make the high one
+levels                      [2^bits] float32, by code
+pair_levels                 [256] two float32 levels in a float64, by two codes in a byte; empty above 4 bits
+"""
+
+
+@intrinsic
+def _pointer(typingctx, address):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[0], context.get_value_type(types.voidptr))
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic
+def _take(typingctx, counter):  # type: ignore[no-untyped-def]
+    """Atomically add one to the int64 at an address; returns what was there."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "seq_cst")
+
+    return types.int64(types.int64), codegen
+
+
+@njit
+def _array(arguments, at, dtype):  # type: ignore[no-untyped-def]
+    """The array that three numbers at ``at`` describe: address, number of elements (flat)."""
+    return carray(_pointer(arguments[at]), (arguments[at + 1],), dtype)
+
+
+@njit
+def _matrix(flat, at, rows, columns):  # type: ignore[no-untyped-def]
+    return flat[at : at + rows * columns].reshape((rows, columns))
+
+
+@njit
+def _side(arguments, at):  # type: ignore[no-untyped-def]
+    return Side(
+        _array(arguments, at, np.int64),
+        _array(arguments, at + 2, np.int64),
+        _array(arguments, at + 4, np.int64),
+        arguments[at + 6],
+        arguments[at + 7] != 0,
+        arguments[at + 8],
+        _array(arguments, at + 9, np.float32),
+        _array(arguments, at + 11, np.float64),
+    )
+
+
+@intrinsic
+def _bits_of_float(typingctx, x):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def _float_of_bits(typingctx, x):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@njit(inline="always")
+def _to_bf16(x):  # type: ignore[no-untyped-def]
+    """Bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+    bits = _bits_of_float(np.float32(x))
+    if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+        return np.uint32(0x7FC0)
+    return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+
+@njit(inline="always")
+def _from_bf16(bits):  # type: ignore[no-untyped-def]
+    return _float_of_bits(np.uint32(bits) << np.uint32(16))
+
+
+@njit(inline="always")
+def _byte_address(plane, row_bytes, token, byte, interleaved):  # type: ignore[no-untyped-def]
+    """Where in the tile byte ``byte`` of a token's row lies; see kvfold/layout.py."""
+    if interleaved:
+        return plane + (byte // 4) * 64 + (token // 4) * 16 + (byte % 4) * 4 + token % 4
+    return plane + token * row_bytes + byte
+
+
+@njit(fastmath=_MATH)
+def _quantise(x, codes, trial, levels, thresholds, prescales, rule, bits):  # type: ignore[no-untyped-def]
+    """Fill ``codes``; return the bits of the scale to store. Follows kvfold/codecs/lloyd.py step by step."""
+    d = x.shape[0]
+    largest = np.float32(0)
+    total = np.float32(0)
+    for i in range(d):
+        largest = max(largest, abs(x[i]))
+        total += abs(x[i])
+    if not np.isfinite(total) and not np.isfinite(_sum_of_scaled(x, largest)):
+        return np.uint32(0x7FC0)
+    if largest == 0:
+        return np.uint32(0)
+    squares = np.float32(0)
+    for i in range(d):
+        part = x[i] / largest
+        squares += part * part
+    rms = np.sqrt(squares) / np.float32(np.sqrt(d))
+    sign = np.uint8(1 << (bits - 1))
+    best = np.float32(np.inf)
+    stored = np.uint32(0)
+    for candidate in range(prescales.shape[0]):
+        scale = _from_bf16(_to_bf16(rms * prescales[candidate] * largest))
+        inverse = largest / scale if scale > 0 else np.float32(0)
+        for i in range(d):
+            trial[i] = 0
+        for t in range(thresholds.shape[0]):
+            limit = thresholds[t]
+            for i in range(d):
+                trial[i] += np.uint8(abs(x[i] / largest * inverse) > limit)
+        zz = np.float32(0)
+        ze = np.float32(0)
+        ee = np.float32(0)
+        for i in range(d):
+            z = x[i] / largest * inverse
+            z0 = levels[trial[i]]
+            if z < 0:
+                trial[i] |= sign
+            e = abs(z) - z0
+            zz += z * z
+            ze += abs(z) * e
+            ee += e * e
+        zz0 = zz - ze
+        z0z0 = zz - np.float32(2) * ze + ee
+        sine = (zz * ee - ze * ze) / (zz * z0z0)
+        if candidate == 0 or sine < best:
+            best = sine
+            for i in range(d):
+                codes[i] = trial[i]
+            if rule == 1:
+                scale = scale * zz / zz0
+            elif rule == 2:
+                scale = scale * np.sqrt(zz / z0z0)
+            elif rule == 3:
+                scale = scale * zz0 / z0z0
+            stored = _to_bf16(scale)
+    return stored
+
+
+@njit(inline="always")
+def _sum_of_scaled(x, largest):  # type: ignore[no-untyped-def]
+    """NaN or infinite exactly if a coordinate is: a plain sum of 1e38 overflows too."""
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        total += x[i] / largest
+    return total
+
+
+@njit(fastmath=_MATH)
+def _write_planes(codes, tile, row, side):  # type: ignore[no-untyped-def]
+    shift = np.uint32(0)
+    for p in range(side.widths.shape[0]):
+        width = side.widths[p]
+        row_bytes = side.row_bytes[p]
+        plane = side.offsets[p]
+        if width == 8:
+            for byte in range(row_bytes):
+                tile[_byte_address(plane, row_bytes, row, byte, side.interleaved)] = codes[byte]
+            continue
+        per_nibble = 4 // width
+        mask = np.uint32((1 << width) - 1)
+        for word in range(row_bytes // 4):
+            bits = np.uint32(0)
+            for r in range(per_nibble):
+                for n in range(8):
+                    code = np.uint32(codes[(word * per_nibble + r) * 8 + n])
+                    bits |= ((code >> shift) & mask) << np.uint32(width * r + 4 * n)
+            for byte in range(4):
+                at = _byte_address(plane, row_bytes, row, word * 4 + byte, side.interleaved)
+                tile[at] = (bits >> np.uint32(8 * byte)) & np.uint32(0xFF)
+        shift += np.uint32(width)
+
+
+@njit(fastmath=_MATH)
+def _read_nibbles(tile, first, last, side, nibbles):  # type: ignore[no-untyped-def]
+    """Combine planes first to last of a tile into words of eight nibbles, one per eight elements.
+
+    nibbles is ``[16, rows]`` for token-major sides and ``[rows, 16]`` for interleaved ones, whose words hold a byte each of
+    four tokens: masking and shifting treat both alike, because a nibble never mixes tokens.
+    """
+    shift = np.uint32(0)
+    for p in range(first, last):
+        width = side.widths[p]
+        halvings = 2 - (width >> 1)  # 4 / width elements of a nibble are 2^halvings
+        within = (1 << halvings) - 1
+        mask = np.uint32(((1 << width) - 1) * 0x11111111)
+        plane = side.offsets[p] // 4
+        if side.interleaved:
+            for row in range(nibbles.shape[0]):
+                source = plane + (row >> halvings) * TILE
+                down = np.uint32(width * (row & within))
+                for x in range(TILE):
+                    part = ((tile[source + x] >> down) & mask) << shift
+                    nibbles[row, x] = part if p == first else nibbles[row, x] | part
+        else:
+            words = side.row_bytes[p] // 4
+            for t in range(TILE):
+                for row in range(nibbles.shape[1]):
+                    down = np.uint32(width * (row & within))
+                    part = ((tile[plane + t * words + (row >> halvings)] >> down) & mask) << shift
+                    nibbles[t, row] = part if p == first else nibbles[t, row] | part
+        shift += np.uint32(width)
+
+
+@njit(fastmath=_MATH)
+def _scratch(d, interleaved):  # type: ignore[no-untyped-def]
+    """Buffers of :func:`_read_tile`: sixteen vectors padded to eight elements, and two of nibbles."""
+    rows = (d + 7) // 8
+    shape = (rows, TILE) if interleaved else (TILE, rows)
+    return np.empty((TILE, rows * 8), dtype=np.float32), np.zeros(shape, dtype=np.uint32), np.zeros(shape, dtype=np.uint32)
+
+
+@njit(fastmath=_MATH)
+def _read_tile(tile, side, scratch):  # type: ignore[no-untyped-def]
+    """De-quantise the sixteen vectors of a tile (uint32 words) into ``scratch[0]``, without their scales."""
+    values, low, high = scratch
+    if side.widths[0] == 8:
+        codes = tile.view(np.uint8)
+        for t in range(TILE):
+            for byte in range(min(side.row_bytes[0], values.shape[1])):
+                at = _byte_address(side.offsets[0], side.row_bytes[0], t, byte, side.interleaved)
+                values[t, byte] = side.levels[codes[at]]
+        return
+    _read_nibbles(tile, 0, min(side.widths.shape[0], side.low_planes), side, low)
+    bytes_low = low.reshape(-1).view(np.uint8)
+    if side.low_planes == side.widths.shape[0]:
+        pairs = values.view(np.float64)
+        if side.interleaved:
+            for row in range(values.shape[1] // 8):
+                for x in range(64):
+                    pairs[x // 16 * 4 + x % 4, row * 4 + x // 4 % 4] = side.pair_levels[bytes_low[row * 64 + x]]
+        else:
+            flat = pairs.reshape(-1)
+            for x in range(flat.shape[0]):
+                flat[x] = side.pair_levels[bytes_low[x]]
+        return
+    _read_nibbles(tile, side.low_planes, side.widths.shape[0], side, high)
+    bytes_high = high.reshape(-1).view(np.uint8)
+    for t in range(TILE):
+        for pair in range(values.shape[1] // 2):
+            at = t * (values.shape[1] // 2) + pair
+            if side.interleaved:
+                at = pair // 4 * 64 + t // 4 * 16 + pair % 4 * 4 + t % 4
+            values[t, 2 * pair] = side.levels[(bytes_low[at] & 15) | (bytes_high[at] & 15) << 4]
+            values[t, 2 * pair + 1] = side.levels[(bytes_low[at] >> 4) | (bytes_high[at] >> 4) << 4]
+
+
+@njit(inline="always")
+def _scale_of(tile, side, t):  # type: ignore[no-untyped-def]
+    if side.scale_offset < 0:
+        return np.float32(1)
+    word = tile[side.scale_offset // 4 + t // 2]
+    return _from_bf16((word >> np.uint32(16 * (t % 2))) & np.uint32(0xFFFF))
+
+
+@njit(inline="always")
+def _exp(x):  # type: ignore[no-untyped-def]
+    """exp for x <= 0 to two units in the last place, in plain arithmetic so that loops over it vectorise."""
+    bounded = x if x > np.float32(-87) else np.float32(-87)
+    power = np.floor(bounded * np.float32(1.44269504) + np.float32(0.5))
+    f = (bounded - power * np.float32(0.693359375)) + power * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * f + np.float32(1.3981999507e-3)
+    p = p * f + np.float32(8.3334519073e-3)
+    p = p * f + np.float32(4.1665795894e-2)
+    p = p * f + np.float32(1.6666665459e-1)
+    p = p * f + np.float32(5.0000001201e-1)
+    p = p * f * f + f + np.float32(1)
+    result = p * _float_of_bits(np.uint32((np.int32(power) + np.int32(127)) << np.int32(23)))
+    if x <= np.float32(-87):
+        result = np.float32(0)
+    return result if x == x else x
+
+
+@njit(fastmath=_MATH)
+def _split(  # type: ignore[no-untyped-def]
+    q, group, pages, page_stride, block_table, begin, end, position, lag, window, softcap, mask, mask_tokens,
+    tiles_per_page, tile_words, k_side, v_side, k_scratch, v_scratch, scores, out, top, total,
+):  # fmt: skip
+    """One split of one KV head: scores of all its tokens, their softmax, then the values."""
+    rows, dk = q.shape
+    dv = out.shape[1]
+    for r in range(rows):
+        top[r] = -np.inf
+        total[r] = 0
+        for i in range(dv):
+            out[r, i] = 0
+    if begin >= end:
+        return
+    first_tile = begin // TILE
+    last_tile = (end + TILE - 1) // TILE
+    base = first_tile * TILE
+    count = (last_tile - first_tile) * TILE
+    values = k_scratch[0]
+    for index in range(first_tile, last_tile):
+        page = np.int64(block_table[index // tiles_per_page])
+        tile = pages[page * page_stride + index % tiles_per_page * tile_words :]
+        _read_tile(tile, k_side, k_scratch)
+        for t in range(TILE):
+            token = index * TILE + t
+            scale = _scale_of(tile, k_side, t)
+            for r in range(rows):
+                query = position + r // group
+                seen = begin <= token and token < end and token <= query - lag
+                if window > 0:
+                    seen = seen and token > query - window
+                if mask_tokens > 0 and seen:
+                    seen = mask[r // group * mask_tokens + token]
+                score = np.float32(-np.inf)
+                if seen:
+                    dot = np.float32(0)
+                    for i in range(dk):
+                        dot += q[r, i] * values[t, i]
+                    score = dot * scale
+                    if softcap > 0:
+                        score = softcap * np.float32(np.tanh(score / softcap))
+                    if not score <= top[r]:  # not max(): a NaN must win
+                        top[r] = score
+                scores[r, token - base] = score
+    for r in range(rows):
+        acc = np.float32(0)
+        highest = top[r]
+        if highest == -np.inf:
+            for t in range(count):
+                scores[r, t] = 0
+        else:
+            for t in range(count):
+                weight = _exp(scores[r, t] - highest)
+                scores[r, t] = weight
+                acc += weight
+        total[r] = acc
+    values = v_scratch[0]
+    for index in range(first_tile, last_tile):
+        page = np.int64(block_table[index // tiles_per_page])
+        tile = pages[page * page_stride + index % tiles_per_page * tile_words :]
+        _read_tile(tile, v_side, v_scratch)
+        for t in range(max(0, begin - index * TILE), min(TILE, end - index * TILE)):
+            scale = _scale_of(tile, v_side, t)
+            for r in range(rows):
+                weight = scores[r, index * TILE + t - base] * scale
+                for i in range(dv):
+                    out[r, i] += weight * values[t, i]
+
+
+@cfunc(types.void(types.voidptr), cache=True)
+def store_lloyd(pointer):  # type: ignore[no-untyped-def]
+    """Quantise rotated vectors y ``[T, H, d]`` and write one side of their records into the pages."""
+    arguments = carray(pointer, (64,), np.int64)
+    tasks, heads, d, page_size, tile_bytes, page_bytes, rule, bits = arguments[1:9]
+    y = _array(arguments, 10, np.float32)
+    pages = _array(arguments, 12, np.uint8)
+    slots = _array(arguments, 14, np.int64)
+    thresholds = _array(arguments, 16, np.float32)
+    prescales = _array(arguments, 18, np.float32)
+    side = _side(arguments, 20)
+    padded = (d + 31) // 32 * 32
+    codes = np.zeros(padded, dtype=np.uint8)
+    trial = np.zeros(padded, dtype=np.uint8)
+    while True:
+        token = _take(arguments[0])
+        if token >= tasks:
+            return
+        slot = slots[token]
+        if slot < 0:
+            continue
+        row = slot % TILE
+        for head in range(heads):
+            x = y[(token * heads + head) * d : (token * heads + head + 1) * d]
+            stored = _quantise(x, codes, trial, side.levels, thresholds, prescales, rule, bits)
+            tile = pages[(slot // page_size * heads + head) * page_bytes + slot % page_size // TILE * tile_bytes :]
+            _write_planes(codes, tile, row, side)
+            scale_at = side.scale_offset + 2 * row
+            tile[scale_at] = stored & np.uint32(0xFF)
+            tile[scale_at + 1] = stored >> np.uint32(8)
+
+
+@cfunc(types.void(types.voidptr), cache=True)
+def load_tiles(pointer):  # type: ignore[no-untyped-def]
+    """De-quantise consecutive tiles of one sequence into out ``[H, tiles * 16, d]``."""
+    arguments = carray(pointer, (64,), np.int64)
+    tasks, heads, d, page_size, tile_words, page_words, first_tile = arguments[1:8]
+    out = _array(arguments, 10, np.float32)
+    pages = _array(arguments, 12, np.uint32)
+    block_table = _array(arguments, 14, np.int32)
+    side = _side(arguments, 20)
+    tiles = tasks // heads
+    per_page = page_size // TILE
+    scratch = _scratch(d, side.interleaved)
+    while True:
+        task = _take(arguments[0])
+        if task >= tasks:
+            return
+        head, index = task // tiles, task % tiles
+        position = first_tile + index
+        page = np.int64(block_table[position // per_page])
+        tile = pages[(page * heads + head) * page_words + position % per_page * tile_words :]
+        _read_tile(tile, side, scratch)
+        for t in range(TILE):
+            scale = _scale_of(tile, side, t)
+            at = (task * TILE + t) * d
+            for i in range(d):
+                out[at + i] = scratch[0][t, i] * scale
+
+
+@cfunc(types.void(types.voidptr), cache=True)
+def decode_splits(pointer):  # type: ignore[no-untyped-def]
+    """Partial attention of q ``[B, H, rows, dk]`` (scaled, rotated) to each split; see ops.reference.attend.
+
+    Fills ``[B, H, splits, rows]`` outputs (x dv), running maxima and sums. A task is one split of one KV head.
+    """
+    arguments = carray(pointer, (128,), np.int64)
+    tasks, heads, splits, rows, dk, dv, page_size, tile_words, page_words, pages_per_row = arguments[1:11]
+    group, lag, window, masked, mask_tokens = arguments[11:16]
+    softcap = _array(arguments, 16, np.float64)[0]
+    q = _array(arguments, 18, np.float32)
+    pages = _array(arguments, 20, np.uint32)
+    block_table = _array(arguments, 22, np.int32)
+    first = _array(arguments, 24, np.int64)
+    lengths = _array(arguments, 26, np.int64)
+    positions = _array(arguments, 28, np.int64)
+    mask = _array(arguments, 30, np.bool_)
+    out = _array(arguments, 32, np.float32)
+    top = _array(arguments, 34, np.float32)
+    total = _array(arguments, 36, np.float32)
+    k_side, v_side = _side(arguments, 40), _side(arguments, 60)
+    k_scratch, v_scratch = _scratch(dk, False), _scratch(dv, True)
+    scores = np.empty((rows, SPLIT_TOKENS), dtype=np.float32)
+    queries = rows // group
+    while True:
+        task = _take(arguments[0])
+        if task >= tasks:
+            return
+        b, head, split = task // (heads * splits), task // splits % heads, task % splits
+        query_head = b * heads + head
+        visible = mask[b * queries * mask_tokens : (b + 1) * queries * mask_tokens] if masked else mask
+        _split(
+            _matrix(q, query_head * rows * dk, rows, dk), group, pages[head * page_words :],
+            heads * page_words, block_table[b * pages_per_row :], max(first[b], split * SPLIT_TOKENS),
+            min(lengths[b], (split + 1) * SPLIT_TOKENS), positions[b], lag, window, np.float32(softcap), visible,
+            mask_tokens, page_size // TILE, tile_words, k_side, v_side, k_scratch, v_scratch, scores,
+            _matrix(out, task * rows * dv, rows, dv), top[task * rows : (task + 1) * rows],
+            total[task * rows : (task + 1) * rows],
+        )  # fmt: skip

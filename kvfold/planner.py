@@ -1,0 +1,217 @@
+"""How much memory a model's KV cache takes in a format, and how much context fits into a given memory.
+
+Every figure comes from :meth:`KVFormat.bytes_per_token <kvfold.formats.KVFormat.bytes_per_token>` and
+:meth:`KVFormat.exact_bytes <kvfold.formats.KVFormat.exact_bytes>`, from which pages are allocated too, so that a plan
+and an allocation agree to the byte. Pure Python, no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from kvfold.errors import FormatError, UnsupportedModelError
+from kvfold.formats import KVFormat, check_page_size
+from kvfold.modelshape import FULL, KINDS, LINEAR, SHARED, SLIDING, LayerGroup, ModelShape, PlanError, positive
+
+__all__ = [
+    "BASELINES", "DEFAULT_FORMATS", "FULL", "KINDS", "LINEAR", "SHARED", "SLIDING",
+    "LayerGroup", "ModelShape", "PlanError", "PlanRow", "cache_bytes", "parse_memory", "plan",
+]  # fmt: skip
+
+FormatSpec = str | float | Mapping[str, object] | KVFormat
+"""A format in any spelling that :meth:`KVFormat.parse` understands."""
+
+BASELINES = ("bf16", "fp8")
+DEFAULT_FORMATS = ("k8v4", "k4v4", "k4v2", "k3v3", "k2v2")
+MIN_ROTATED_HEAD = 8
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """What one format gives.
+
+    Attributes:
+        format: The format.
+        bytes_per_token: Bytes of a token in the pages, over all compressed layers and their heads. The unused rest of
+            a last page, exact sinks and tail, and uncompressed layers are in ``tokens`` and ``requests``.
+        bits_per_element: All-in bits of an element of K and V in the pages, None if no layer is compressed.
+        tokens: Tokens of one sequence that fit, in whole pages; None if the cache stops growing before memory is full.
+        requests: Sequences of the planned context that fit, each with its own pages, sinks and tail.
+        ratio: ``tokens`` against that of bf16, None if one of them is unlimited or bf16 holds nothing.
+        compressed_layers: Layers stored in the format.
+        uncompressed_layers: Layers that are not, counted in ``tokens`` and ``requests`` all the same.
+        uncompressed: Those layers, in words.
+    """
+
+    format: KVFormat
+    bytes_per_token: int
+    bits_per_element: float | None
+    tokens: int | None
+    requests: int
+    ratio: float | None
+    compressed_layers: int
+    uncompressed_layers: int
+    uncompressed: tuple[str, ...]
+
+
+def check_heads(fmt: KVFormat, head_size: int, head_size_v: int) -> None:
+    """Raise :class:`FormatError` if heads of this size cannot be stored in ``fmt``, as allocating would.
+
+    Raises:
+        NotBuiltError: Something in the format is not built yet.
+        FormatError: A side rotates, and the head is too small for that.
+    """
+    fmt.require_built()
+    for side, size in ((fmt.k, head_size), (fmt.v, head_size_v)):
+        if side.rotated and size < MIN_ROTATED_HEAD:
+            raise FormatError(
+                f"head size {size} is too small for {fmt}: rotated codes need {MIN_ROTATED_HEAD} or more coordinates; "
+                "use bf16, f16, f32 or f8 for such a model"
+            )
+
+
+def cache_bytes(shape: ModelShape, format: FormatSpec, tokens: int, page_size: int = 64, sequences: int = 1) -> int:
+    """Bytes of the whole KV cache.
+
+    Layers of full attention hold their tokens in whole pages, and beside them the exact sinks and tail of the format.
+    Sliding layers are not compressed: they hold the last ``window`` tokens in the model's dtype. Layers that use
+    another layer's cache hold nothing; nor do linear ones: their recurrent states are constant in size and not counted.
+
+    Args:
+        shape: The model.
+        format: What layers of full attention store.
+        tokens: Tokens of each sequence.
+        page_size: Tokens in a page: 16, 32 or 64.
+        sequences: Sequences of that length.
+
+    Raises:
+        NotBuiltError: The format needs something that is not built yet.
+        FormatError: The format or page size does not exist, or the heads are too small for the format.
+        PlanError: ``tokens`` or ``sequences`` is not a whole number from 0.
+    """
+    fmt = KVFormat.parse(format)
+    pages = -(-_count(tokens, "tokens") // check_page_size(page_size))
+    total = 0
+    for group in shape.groups:
+        per_head = 0
+        if group.kind == FULL:
+            check_heads(fmt, group.head_size, group.head_size_v)
+            per_head = pages * page_size * fmt.bytes_per_token(group.head_size, group.head_size_v)
+            per_head += fmt.exact_bytes(group.head_size, group.head_size_v, shape.itemsize)
+        elif group.kind == SLIDING:
+            window = replace(fmt, sinks=0, tail=min(tokens, group.window))  # to keep a window is to keep an exact tail
+            per_head = window.exact_bytes(group.head_size, group.head_size_v, shape.itemsize)
+        total += group.layers * group.num_kv_heads * per_head
+    return _count(sequences, "sequences") * total
+
+
+def plan(
+    shape: ModelShape,
+    memory_bytes: int,
+    context: int,
+    formats: Iterable[FormatSpec] | None = None,
+    page_size: int = 64,
+) -> list[PlanRow]:
+    """What fits into a memory, format by format, always beside bf16 and fp8.
+
+    Args:
+        shape: The model.
+        memory_bytes: Memory for the KV cache: what weights and activations leave.
+        context: Tokens of a request.
+        formats: Formats to compare, :data:`DEFAULT_FORMATS` if None; doubles are dropped.
+        page_size: Tokens in a page: 16, 32 or 64.
+
+    Raises:
+        NotBuiltError: A format needs something that is not built yet.
+        FormatError: A format or page size does not exist, or the heads are too small for a format.
+        PlanError: The memory or the context is not a positive whole number.
+        UnsupportedModelError: No layer of the model keeps keys and values per token.
+    """
+    positive(memory_bytes, "bytes of memory")
+    positive(context, "tokens of context")
+    if not any(group.kind in (FULL, SLIDING) for group in shape.groups):
+        raise UnsupportedModelError(f"{shape.name or 'this model'} has no layer with keys and values: nothing to plan")
+    parsed = [KVFormat.parse(spec) for spec in (*BASELINES, *(DEFAULT_FORMATS if formats is None else formats))]
+    rows: list[PlanRow] = []
+    for fmt in dict.fromkeys(parsed):
+        tokens = _tokens_that_fit(shape, fmt, memory_bytes, page_size)
+        bf16_tokens = rows[0].tokens if rows else tokens
+        per_token = _paged(shape, fmt)
+        elements = sum(_vectors(group) * (group.head_size + group.head_size_v) for group in shape.compressed)
+        row = PlanRow(
+            format=fmt,
+            bytes_per_token=per_token,
+            bits_per_element=8 * per_token / elements if elements else None,
+            tokens=tokens,
+            requests=memory_bytes // cache_bytes(shape, fmt, context, page_size),
+            ratio=tokens / bf16_tokens if tokens is not None and bf16_tokens else None,
+            compressed_layers=sum(group.layers for group in shape.compressed),
+            uncompressed_layers=sum(group.layers for group in shape.uncompressed),
+            uncompressed=tuple(str(group) for group in shape.uncompressed),
+        )
+        rows.append(row)
+    return rows
+
+
+def _vectors(group: LayerGroup) -> int:
+    return group.layers * group.num_kv_heads
+
+
+def _paged(shape: ModelShape, fmt: KVFormat) -> int:
+    """Bytes in the pages for one token, over all compressed layers."""
+    return sum(_vectors(group) * fmt.bytes_per_token(group.head_size, group.head_size_v) for group in shape.compressed)
+
+
+def _tokens_that_fit(shape: ModelShape, fmt: KVFormat, memory: int, page_size: int) -> int | None:
+    """The most tokens of one sequence, in whole pages; None if memory never gets full."""
+    if shape.compressed:
+        too_many = memory // (page_size * _paged(shape, fmt)) + 1
+    else:
+        too_many = max(group.window for group in shape.groups) // page_size + 1  # from here on nothing grows
+        if cache_bytes(shape, fmt, too_many * page_size, page_size) <= memory:
+            return None
+    fits = 0  # also when not even the sinks and the tail do
+    while too_many - fits > 1:
+        pages = (fits + too_many) // 2
+        if cache_bytes(shape, fmt, pages * page_size, page_size) <= memory:
+            fits = pages
+        else:
+            too_many = pages
+    return fits * page_size
+
+
+def _count(value: int, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise PlanError(f"{what}: {value!r} is not a whole number from 0")
+    return value
+
+
+# --- sizes of memory --------------------------------------------------------------------------------------------------
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{letter}b": 1000**power for power, letter in enumerate("kmgt", 1)}
+_UNITS |= {f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", 1)}
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+
+
+def parse_memory(text: str | int) -> int:
+    """Bytes of a size like ``80GB`` (80 * 10^9), ``40GiB`` (40 * 2^30), ``1.5 TiB`` or a number of bytes.
+
+    Raises:
+        PlanError: It is no size, the unit is unknown or could be meant either way, or it is less than a byte.
+    """
+    if isinstance(text, int):
+        return positive(text, "bytes of memory")
+    match = _MEMORY.fullmatch(text.strip().lower())
+    if not match:
+        raise PlanError(f"memory {text!r} is not a size; write 80GB, 40GiB, 512MiB or a number of bytes")
+    number, unit = match.groups()
+    if unit in ("k", "m", "g", "t", "ki", "mi", "gi", "ti"):
+        either = f"{number}{unit[0].upper()}B (powers of 1000) or {number}{unit[0].upper()}iB (powers of 1024)"
+        raise PlanError(f"memory {text!r} has half a unit; write {either}")
+    if unit not in _UNITS:
+        raise PlanError(f"memory {text!r} has an unknown unit; write B, KB, MB, GB, TB, KiB, MiB, GiB or TiB")
+    return positive(int(Fraction(number) * _UNITS[unit]), f"memory {text!r} in bytes")
