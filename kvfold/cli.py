@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from kvfold import __version__
 from kvfold.commands import UsageError
 from kvfold.errors import CapacityError, KVFoldError
 
@@ -29,22 +30,10 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
-class _Version(argparse.Action):
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib import metadata  # here, because it is slow to import
-
-        try:
-            version = metadata.version("kvfold")
-        except metadata.PackageNotFoundError:
-            version = "(not installed: running from a source tree)"
-        print("kvfold", version)
-        parser.exit()
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = _Parser(prog="kvfold", description="Compress the KV cache of large language models.", allow_abbrev=False)
-    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    parser.add_argument("--version", action="version", version=f"kvfold {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, text in COMMANDS.items():
         module = importlib.import_module(f"kvfold.commands.{name}")

@@ -54,7 +54,7 @@ _QWEN2 = {"use_sliding_window": False, "max_window_layers": 28}
 _QWEN_HYBRID = {"full_attention_interval": 4, "head_dim": 256}
 
 # By model_type, or model_type + "_text" of a model with several parts.
-_CLASS_DEFAULTS: dict[str, dict[str, object]] = {
+_CLASS_DEFAULTS: dict[str, Mapping[str, object]] = {
     "cohere2": {"sliding_window": 4096, "sliding_window_pattern": 4},
     "falcon": {"multi_query": True},
     "gemma": {"num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 256},

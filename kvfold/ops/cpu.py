@@ -106,9 +106,11 @@ def load_range(
     return loaded[0], loaded[1]
 
 
-def load_kv(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+def load_kv(
+    pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.load_kv`."""
-    return reference.load_kv(pages, slots, layout)
+    return reference.load_kv(pages, block_table, layout, tokens, load_range)
 
 
 def decode_attention(

@@ -19,6 +19,7 @@ WINDOW_BYTES = 64 * 2**20
 """Largest de-quantised window of a prefix, in bytes of float32."""
 
 _QUERY_BLOCK = 256
+_SCORE_ELEMENTS = 2**24
 
 Loader = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 """``load(lo, hi)`` returns K ``[H, hi - lo, dk]`` and V ``[H, hi - lo, dv]``, float32, of tokens lo to hi."""
@@ -46,30 +47,25 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
     pages.view(-1)[_record_addresses(pages, slots, layout)] = layout.encode(k, v)
 
 
-def load_stored(
-    pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K ``[T, H, dk]`` and V ``[T, H, dv]`` of the slots, float32, in the stored basis."""
-    return layout.decode(pages.view(-1)[_record_addresses(pages, slots, layout)])
-
-
-def load_kv(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`kvfold.ops.load_kv`."""
-    kept = (slots >= 0)[:, None, None]
-    k, v = load_stored(pages, slots.clamp(min=0), layout)
-    k = unrotate(k) if layout.format.k.rotated else k
-    v = unrotate(v) if layout.format.v.rotated else v
-    return torch.where(kept, k, 0.0), torch.where(kept, v, 0.0)
-
-
 def load_range(
     pages: torch.Tensor, block_table_row: torch.Tensor, layout: PageLayout, lo: int, hi: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens lo to hi of one sequence: K ``[H, hi - lo, dk]`` and V, float32, in the stored basis."""
-    position = torch.arange(lo, hi, device=pages.device)
-    slots = block_table_row[position // layout.page_size].long() * layout.page_size + position % layout.page_size
-    k, v = load_stored(pages, slots, layout)
-    return k.transpose(0, 1), v.transpose(0, 1)
+    first, last = lo // layout.page_size, -(-hi // layout.page_size)
+    tiles = pages[block_table_row[first:last].long()].unflatten(2, (-1, layout.tile_bytes))  # [pages, H, tiles, bytes]
+    records = tiles[..., layout.addresses(pages.device).flatten()].unflatten(3, (TILE, layout.token_bytes))
+    records = records.permute(1, 0, 2, 3, 4).flatten(1, 3)[:, lo - first * layout.page_size : hi - first * layout.page_size]
+    return layout.decode(records)
+
+
+def load_kv(
+    pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout, tokens: int, load: RangeLoader = load_range
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`kvfold.ops.load_kv`."""
+    rows = [load(pages, row, layout, 0, tokens) for row in block_table]
+    k = torch.stack([k for k, _ in rows]).transpose(1, 2)
+    v = torch.stack([v for _, v in rows]).transpose(1, 2)
+    return unrotate(k) if layout.format.k.rotated else k, unrotate(v) if layout.format.v.rotated else v
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -200,28 +196,34 @@ def exact_attention(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`kvfold.ops.exact_attention`."""
+    """See :func:`kvfold.ops.exact_attention`. Reads nothing on the host, so that it traces and captures."""
     batch, num_queries, num_heads, _ = q.shape
     length, heads = k.shape[1:3]
-    scaled = (q.float() * scale).view(batch, num_queries, heads, num_heads // heads, -1).permute(0, 2, 3, 1, 4)
+    queries = (q.float() * scale).unflatten(2, (heads, num_heads // heads)).permute(0, 2, 3, 1, 4)
+    keys, values = k.float().permute(0, 2, 3, 1).unsqueeze(2), v.float().transpose(1, 2).unsqueeze(2)
+    token = torch.arange(length, device=q.device) + key_start[:, None]
     outs, lses = [], []
-    for b in range(batch):
-        offset = int(key_start[b])
-        keys, values = k[b].float().transpose(0, 1), v[b].float().transpose(0, 1)
-        out, lse = attend(
-            scaled[b],
-            lambda lo, hi, keys=keys, values=values: (keys[:, lo:hi], values[:, lo:hi]),  # type: ignore[misc]
-            0 if first is None else max(0, int(first[b]) - offset),
-            length,
-            query_start=int(query_start[b]) - offset,
-            window_tokens=max(length, 1),
-            window=window,
-            softcap=softcap,
-            mask=None if mask is None else mask[b, :, offset : offset + length],
-        )
-        outs.append(out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, -1))
-        lses.append(lse.reshape(num_heads, num_queries))
-    return torch.stack(outs).to(q.dtype), torch.stack(lses)
+    block = max(16, _SCORE_ELEMENTS // max(1, batch * num_heads * length))
+    for begin in range(0, num_queries, block):
+        end = min(begin + block, num_queries)
+        position = torch.arange(begin, end, device=q.device) + query_start[:, None]
+        visible = token[:, None] <= position[..., None]
+        if window is not None:
+            visible &= token[:, None] > position[..., None] - window
+        if first is not None:
+            visible &= (token >= first[:, None])[:, None]
+        if mask is not None:
+            columns = token.clamp(0, mask.shape[-1] - 1)[:, None].expand(-1, end - begin, -1)
+            visible &= mask[:, begin:end].gather(2, columns)
+        scores = queries[:, :, :, begin:end] @ keys
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = torch.where(visible[:, None, None], scores, -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        p = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
+        outs.append((p @ values).permute(0, 3, 1, 2, 4).flatten(2, 3))
+        lses.append(lse.flatten(1, 2))
+    return torch.cat(outs, dim=1).to(q.dtype), torch.cat(lses, dim=2)
 
 
 def prefill_attention(
