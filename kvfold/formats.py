@@ -166,7 +166,8 @@ class KVFormat:
     def bytes_per_token(self, head_size: int, head_size_v: int | None = None) -> int:
         """Bytes in the pages for one token of one KV head, everything included but the exact sinks and tail."""
         self.require_built()
-        return self.k.bytes_per_token(head_size) + self.v.bytes_per_token(head_size_v or head_size)
+        size_v = check_head_size(head_size if head_size_v is None else head_size_v)
+        return self.k.bytes_per_token(check_head_size(head_size)) + self.v.bytes_per_token(size_v)
 
     def bits_per_element(self, head_size: int, head_size_v: int | None = None) -> float:
         """All-in bits per element of K and V in the pages."""
@@ -180,7 +181,7 @@ class KVFormat:
 
 def check_page_size(page_size: int) -> int:
     """Return ``page_size``, or raise :class:`FormatError` naming the sizes that exist."""
-    if page_size not in PAGE_SIZES:
+    if not isinstance(page_size, int) or page_size not in PAGE_SIZES:
         raise FormatError(f"page_size {page_size!r} is not one of {', '.join(map(str, PAGE_SIZES))} tokens")
     return page_size
 
@@ -375,11 +376,18 @@ def _parse_object(spec: Mapping[str, object]) -> KVFormat:
     for key in spec:
         if key not in _JSON_KEYS:
             raise FormatError(f"unknown key {key!r} in format {dict(spec)!r}{_did_you_mean(str(key), list(_JSON_KEYS))}")
+    for own in ({"k_quant", "v_quant", "turboquant"}, {"bit_width", "use_qjl"}):
+        if own & set(spec) - {"turboquant"} and (foreign := set(spec) - own):
+            raise FormatError(f"keys {sorted(foreign)} do not go with {sorted(own & set(spec))}")
     if "k_quant" in spec or "v_quant" in spec:
         return _parse_text(f"metal:{spec.get('k_quant', 'q8_0')}/{spec.get('v_quant', 'q3_0')}")
     if "bit_width" in spec:
         suffix = "q" if spec.get("use_qjl") else ""
-        return _parse_text(f"{float(str(spec['bit_width'])):g}{suffix}")
+        try:
+            bits = float(str(spec["bit_width"]))
+        except ValueError:
+            raise FormatError(f"bit_width {spec['bit_width']!r} is not a number") from None
+        return _parse_text(f"{bits:g}{suffix}")
     options = [str(spec["scale"])] if "scale" in spec else []
     options += [f"pre{spec['prescales']}"] if "prescales" in spec else []
     options += ["mean"] if spec.get("mean") else []

@@ -74,7 +74,7 @@ class PageLayout:
     @staticmethod
     def of(spec: str | KVFormat, head_size: int, head_size_v: int | None = None, page_size: int = 64) -> PageLayout:
         """The layout for a format in any spelling; ``head_size_v`` defaults to ``head_size``."""
-        return _layout(KVFormat.parse(spec), head_size, head_size_v or head_size, page_size)
+        return _layout(KVFormat.parse(spec), head_size, head_size if head_size_v is None else head_size_v, page_size)
 
     @cached_property
     def token_bytes(self) -> int:
@@ -144,7 +144,7 @@ class PageLayout:
         return codecs.decode(k_codes, scales[0], self.format.k), codecs.decode(v_codes, scales[1], self.format.v)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024, typed=True)
 def _layout(fmt: KVFormat, head_size: int, head_size_v: int, page_size: int) -> PageLayout:
     return PageLayout(fmt, head_size, head_size_v, page_size)
 
@@ -198,11 +198,11 @@ def unpack_planes(rows: list[torch.Tensor], side: Side, head_size: int) -> torch
     """Undo :func:`pack_planes`: the rows of each plane to codes ``[..., head_size]``."""
     if side.planes()[0] >= 8:
         integer = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[side.planes()[0]]
-        return rows[0].contiguous().view(integer)[..., :head_size]
+        return rows[0].clone(memory_format=torch.contiguous_format).view(integer)[..., :head_size]
     codes, shift = None, 0
     for row, width in zip(rows, side.planes(), strict=True):
         per_nibble = 4 // width
-        words = row.contiguous().view(torch.int32)[..., None, None]
+        words = row.clone(memory_format=torch.contiguous_format).view(torch.int32)[..., None, None]
         place = width * torch.arange(per_nibble, device=row.device)[:, None] + 4 * torch.arange(8, device=row.device)
         bits = ((words >> place) & ((1 << width) - 1)).flatten(-3)[..., :head_size] << shift
         codes = bits if codes is None else codes | bits

@@ -51,11 +51,11 @@ def distortion(head_size: int, magnitudes: Array) -> float:
 
 def optimum(bits: int, head_size: int) -> Array:
     """Lloyd's iteration from evenly spaced levels, until nothing moves."""
-    magnitudes = (np.arange(2 ** (bits - 1)) + 0.5) / 2 ** (bits - 1) * 2.5
+    magnitudes: Array = (np.arange(2 ** (bits - 1)) + 0.5) / 2 ** (bits - 1) * 2.5
     for _ in range(3000):
         mass, first, _ = _cells(head_size, magnitudes)
-        moved, magnitudes = first / mass - magnitudes, first / mass
-        if np.abs(moved).max() < 1e-9:
+        before, magnitudes = magnitudes, first / mass
+        if np.abs(magnitudes - before).max() < 1e-9:
             break
     return magnitudes
 

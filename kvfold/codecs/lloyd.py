@@ -66,10 +66,10 @@ def encode(y: torch.Tensor, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
         zz0, z0z0 = zz - ze, zz - 2 * ze + ee
         sine = (zz * ee - ze * ze) / (zz * z0z0)  # 1 - cos^2, without the cancellation that hides it at 8 bits
         if best is None:
-            best = (sine, code, _stored(side.scale, scale, zz, zz0, z0z0))
+            best = (sine, code, torch.where(scale > 0, _stored(side.scale, scale, zz, zz0, z0z0), 0.0))
         else:
             better = sine < best[0]
-            candidate = (sine, code, _stored(side.scale, scale, zz, zz0, z0z0))
+            candidate = (sine, code, torch.where(scale > 0, _stored(side.scale, scale, zz, zz0, z0z0), 0.0))
             best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
     assert best is not None
     stored = torch.where(finite, torch.where(rms > 0, best[2], 0.0), float("nan"))

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 
 from kvfold.codecs.fp8 import decode as decode_fp8
 from kvfold.codecs.lloyd import prescale_candidates, tables
+from kvfold.errors import ShapeError
 from kvfold.formats import TILE, Side
 from kvfold.layout import PageLayout
 from kvfold.ops import cpu_kernels as kernels
@@ -35,7 +35,7 @@ def supports(layout: PageLayout) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _side(layout: PageLayout, is_value: bool) -> list[int | np.ndarray]:
+def _side_tensors(layout: PageLayout, is_value: bool) -> list[int | torch.Tensor]:
     """One side as the kernels take it; see kvfold.ops.cpu_kernels.Side."""
     side, head_size, offsets, scales = (
         (layout.format.v, layout.head_size_v, layout.v_planes, layout.v_scales)
@@ -43,15 +43,15 @@ def _side(layout: PageLayout, is_value: bool) -> list[int | np.ndarray]:
         else (layout.format.k, layout.head_size, layout.k_planes, layout.k_scales)
     )
     levels = _levels(side, head_size)
-    pairs = np.empty(0, dtype=np.float64)
+    pairs = torch.empty(0)
     if len(levels) <= 16:
-        codes = np.arange(256)
-        padded = np.resize(levels, 16)
-        pairs = np.stack([padded[codes & 15], padded[codes >> 4]], axis=1).view(np.float64).reshape(-1)
+        codes = torch.arange(256)
+        padded = levels.repeat(16)[:16]
+        pairs = torch.stack([padded[codes & 15], padded[codes >> 4]], dim=1).view(torch.float64).flatten()
     return [
-        np.array(side.planes(), dtype=np.int64),
-        np.array(offsets, dtype=np.int64),
-        np.array(side.plane_bytes(head_size), dtype=np.int64),
+        torch.tensor(side.planes()),
+        torch.tensor(offsets),
+        torch.tensor(side.plane_bytes(head_size)),
         scales if side.scaled else -1,
         int(is_value),
         1 if side.bits > 4 else len(side.planes()),
@@ -60,27 +60,37 @@ def _side(layout: PageLayout, is_value: bool) -> list[int | np.ndarray]:
     ]
 
 
-def _levels(side: Side, head_size: int) -> np.ndarray:
+@lru_cache(maxsize=256)
+def _side(layout: PageLayout, is_value: bool) -> list[int]:
+    return cpu_threads.describe(_side_tensors(layout, is_value))
+
+
+def _levels(side: Side, head_size: int) -> torch.Tensor:
     if side.rotated:
-        return tables(int(side.bits), head_size, torch.device("cpu"))[0].numpy()
-    return decode_fp8(torch.arange(256, dtype=torch.uint8), None, side).numpy()
+        return tables(int(side.bits), head_size, torch.device("cpu"))[0]
+    return decode_fp8(torch.arange(256, dtype=torch.uint8), None, side)
+
+
+@lru_cache(maxsize=16)
+def _prescales(count: int) -> torch.Tensor:
+    return torch.tensor(prescale_candidates(count))
 
 
 def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
     """See :func:`kvfold.ops.store_kv`."""
+    tokens, heads = k.shape[:2]
+    if tokens and int(slots.max()) >= pages.shape[0] * layout.page_size:
+        raise ShapeError(f"slot {int(slots.max())} lies beyond the {pages.shape[0]} pages of {layout.page_size} tokens")
     if not (layout.format.k.rotated and layout.format.v.rotated):
         return reference.store_kv(k, v, pages, slots, layout)
-    tokens, heads = k.shape[:2]
+    slots = slots.contiguous()
     for x, side, is_value in ((k, layout.format.k, False), (v, layout.format.v, True)):
-        _, thresholds = tables(int(side.bits), x.shape[-1], torch.device("cpu"))
-        cpu_threads.run(
-            kernels.store_lloyd,
-            [tokens, heads, x.shape[-1], layout.page_size, layout.tile_bytes, layout.page_bytes, _RULES[side.scale]]
-            + [int(side.bits), 0, rotate(x).contiguous().numpy(), pages.numpy(), slots.contiguous().numpy()]
-            + [thresholds.numpy(), np.array(prescale_candidates(side.prescales), dtype=np.float32)]
-            + _side(layout, is_value),
-            tokens,
-        )
+        _, thresholds = tables(int(side.bits), x.shape[-1], x.device)
+        rotated = rotate(x).contiguous()
+        arguments = [tokens, heads, x.shape[-1], layout.page_size, layout.tile_bytes, layout.page_bytes]
+        arguments += [_RULES[side.scale], int(side.bits), 0]
+        arguments += cpu_threads.describe([rotated, pages, slots, thresholds, _prescales(side.prescales)])
+        cpu_threads.run(kernels.store_lloyd, arguments + _side(layout, is_value), tokens)
 
 
 def load_range(
@@ -90,20 +100,23 @@ def load_range(
     if not supports(layout):
         return reference.load_range(pages, block_table_row, layout, lo, hi)
     first_tile, end_tile = lo // TILE, -(-hi // TILE)
-    row = block_table_row.to(torch.int32).contiguous().numpy()
+    row = block_table_row.to(torch.int32).contiguous()
+    _check_table(row[: -(-hi // layout.page_size)], pages)
     heads, tiles = pages.shape[1], end_tile - first_tile
     loaded = []
     for is_value, head_size in ((False, layout.head_size), (True, layout.head_size_v)):
         x = torch.empty(heads, tiles * TILE, head_size)
-        cpu_threads.run(
-            kernels.load_tiles,
-            [heads * tiles, heads, head_size, layout.page_size, layout.tile_bytes // 4, layout.page_bytes // 4, first_tile]
-            + [0, 0, x.numpy(), pages.numpy().view(np.uint32), row, 0, 0, 0, 0]
-            + _side(layout, is_value),
-            heads * tiles,
-        )
+        arguments = [heads * tiles, heads, head_size, layout.page_size, layout.tile_bytes // 4, layout.page_bytes // 4]
+        arguments += [first_tile, 0, 0, *cpu_threads.describe([x]), pages.data_ptr(), pages.numel() // 4]
+        arguments += [*cpu_threads.describe([row]), 0, 0, 0, 0, *_side(layout, is_value)]
+        cpu_threads.run(kernels.load_tiles, arguments, heads * tiles)
         loaded.append(x[:, lo - first_tile * TILE : hi - first_tile * TILE])
     return loaded[0], loaded[1]
+
+
+def _check_table(block_table: torch.Tensor, pages: torch.Tensor) -> None:
+    if block_table.numel() and not (0 <= int(block_table.min()) and int(block_table.max()) < pages.shape[0]):
+        raise ShapeError(f"block_table names pages outside 0 to {pages.shape[0] - 1}")
 
 
 def load_kv(
@@ -137,41 +150,35 @@ def decode_attention(
         )  # fmt: skip
     heads, group = pages.shape[1], num_heads // pages.shape[1]
     rotated = rotate(q) if layout.format.k.rotated else q.float()
-    rows = (rotated * scale).view(batch, num_queries, heads, group, layout.head_size).permute(0, 2, 1, 3, 4).contiguous()
-    lengths = seq_lens.to(torch.int64)
-    starts = torch.zeros_like(lengths) if first is None else first.to(torch.int64)
-    positions = lengths - num_queries if query_start is None else query_start.to(torch.int64)
+    queries = (rotated * scale).view(batch, num_queries, heads, group, -1).permute(0, 2, 1, 3, 4).contiguous()
+    lengths = seq_lens.to(torch.int64).contiguous()
+    starts = torch.zeros_like(lengths) if first is None else first.to(torch.int64).contiguous()
+    positions = lengths - num_queries if query_start is None else query_start.to(torch.int64).contiguous()
     table = block_table.to(torch.int32).contiguous()
+    longest = int(lengths.max()) if batch else 0
+    if longest > table.shape[1] * layout.page_size:
+        raise ShapeError(f"seq_lens has {longest}, and block_table {table.shape[1]} pages of {layout.page_size} tokens")
+    if mask is not None and longest > mask.shape[-1]:
+        raise ShapeError(f"seq_lens has {longest}, and the mask {mask.shape[-1]} tokens")
+    _check_table(table, pages)
     visible = torch.empty(0, dtype=torch.bool) if mask is None else mask.contiguous()
-    splits = max(1, -(-int(lengths.max()) // kernels.SPLIT_TOKENS))
-    out = torch.empty(batch, heads, splits, num_queries * group, layout.head_size_v)
-    top, total = torch.empty(2, batch, heads, splits, num_queries * group)
-    cpu_threads.run(
-        kernels.decode_splits,
-        [batch * heads * splits, heads, splits, num_queries * group, layout.head_size, layout.head_size_v]
-        + [layout.page_size, layout.tile_bytes // 4, layout.page_bytes // 4, table.shape[1], group, lag, window or 0]
-        + [int(mask is not None), 0 if mask is None else mask.shape[-1], np.array([softcap or 0.0])]
-        + [rows.numpy(), pages.numpy().view(np.uint32), table.numpy(), starts.numpy(), lengths.numpy()]
-        + [positions.contiguous().numpy(), visible.numpy(), out.numpy(), top.numpy(), total.numpy(), 0, 0]
-        + [*_side(layout, False), *[0] * 7, *_side(layout, True)],
-        batch * heads * splits,
-    )
-    result, lse = _merge_splits(out, top, total)
-    result = result.view(batch, heads, num_queries, group, -1).permute(0, 2, 1, 3, 4).flatten(2, 3)
-    lse = lse.view(batch, heads, num_queries, group).transpose(2, 3).flatten(1, 2)
-    return (unrotate(result) if layout.format.v.rotated else result).to(q.dtype), lse
-
-
-def _merge_splits(
-    out: torch.Tensor, top: torch.Tensor, total: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums over splits ``[B, H, splits, rows(, dv)]``, relative to each split's maximum, to the result and log-sum-exp."""
-    highest = top.amax(2, keepdim=True)
-    weight = torch.exp(top - torch.where(highest == -torch.inf, 0.0, highest))
-    total = (total * weight).sum(2)
-    mixed = (out * weight.unsqueeze(-1)).sum(2)
-    safe = torch.where(total == 0, 1.0, total)
-    return mixed / safe.unsqueeze(-1), highest.squeeze(2) + total.log()
+    splits, rows = max(1, -(-longest // kernels.SPLIT_TOKENS)), num_queries * group
+    part_out = torch.empty(batch, heads, splits, rows, layout.head_size_v)
+    parts = torch.empty(2, batch, heads, splits, rows)
+    out = torch.empty(batch, heads, num_queries, group, layout.head_size_v)
+    lse = torch.empty(batch, heads, num_queries, group)
+    finished = torch.zeros(batch * heads, dtype=torch.int64)
+    cap = torch.tensor([softcap or 0.0], dtype=torch.float64)
+    arguments = [batch * heads * splits, heads, splits, rows, layout.head_size, layout.head_size_v, layout.page_size]
+    arguments += [layout.tile_bytes // 4, layout.page_bytes // 4, table.shape[1], group, lag, window or 0]
+    arguments += [int(mask is not None), 0 if mask is None else mask.shape[-1]]
+    arguments += [*cpu_threads.describe([cap, queries]), pages.data_ptr(), pages.numel() // 4]
+    arguments += cpu_threads.describe([table, starts, lengths, positions, visible, part_out, parts[0], parts[1], out, lse])
+    arguments += [*cpu_threads.describe([finished]), *_side(layout, False), *_side(layout, True)]
+    cpu_threads.run(kernels.decode_splits, arguments, batch * heads * splits)
+    result = out.permute(0, 2, 1, 3, 4).flatten(2, 3)
+    result = unrotate(result) if layout.format.v.rotated else result
+    return result.to(q.dtype), lse.transpose(2, 3).flatten(1, 2)
 
 
 exact_attention = reference.exact_attention

@@ -166,9 +166,9 @@ def _quantise(x, codes, trial, levels, thresholds, prescales, rule, bits):  # ty
             for i in range(d):
                 codes[i] = trial[i]
             if rule == 1:
-                scale = scale * zz / zz0
+                scale = scale * zz / zz0 if scale > 0 else scale
             elif rule == 2:
-                scale = scale * np.sqrt(zz / z0z0)
+                scale = scale * np.sqrt(zz / z0z0) if scale > 0 else scale
             elif rule == 3:
                 scale = scale * zz0 / z0z0
             stored = _to_bf16(scale)
@@ -259,8 +259,11 @@ def _read_tile(tile, side, scratch):  # type: ignore[no-untyped-def]
                 at = _byte_address(side.offsets[0], side.row_bytes[0], t, byte, side.interleaved)
                 values[t, byte] = side.levels[codes[at]]
         return
-    _read_nibbles(tile, 0, min(side.widths.shape[0], side.low_planes), side, low)
-    bytes_low = low.reshape(-1).view(np.uint8)
+    if side.widths[0] == 4 and side.low_planes == side.widths.shape[0]:
+        bytes_low = tile[side.offsets[0] // 4 :].view(np.uint8)  # a 4-bit plane is what the nibbles would be
+    else:
+        _read_nibbles(tile, 0, side.low_planes, side, low)
+        bytes_low = low.reshape(-1).view(np.uint8)
     if side.low_planes == side.widths.shape[0]:
         pairs = values.view(np.float64)
         if side.interleaved:
@@ -380,6 +383,32 @@ def _split(  # type: ignore[no-untyped-def]
                     out[r, i] += weight * values[t, i]
 
 
+@njit(fastmath=_MATH)
+def _merge(part_out, part_top, part_sum, splits, rows, dv, out, lse):  # type: ignore[no-untyped-def]
+    for r in range(rows):
+        top = np.float32(-np.inf)
+        for s in range(splits):
+            if not part_top[s * rows + r] <= top:  # not max(): a NaN must win
+                top = part_top[s * rows + r]
+        for i in range(dv):
+            out[r * dv + i] = 0
+        lse[r] = top
+        if top == -np.inf:
+            continue
+        total = np.float32(0)
+        for s in range(splits):
+            part = s * rows + r
+            if part_top[part] == -np.inf:
+                continue
+            weight = _exp(part_top[part] - top)
+            total += weight * part_sum[part]
+            for i in range(dv):
+                out[r * dv + i] += weight * part_out[part * dv + i]
+        for i in range(dv):
+            out[r * dv + i] /= total
+        lse[r] = top + np.log(total)
+
+
 @cfunc(types.void(types.voidptr), cache=True)
 def store_lloyd(pointer):  # type: ignore[no-untyped-def]
     """Quantise rotated vectors y ``[T, H, d]`` and write one side of their records into the pages."""
@@ -442,9 +471,10 @@ def load_tiles(pointer):  # type: ignore[no-untyped-def]
 
 @cfunc(types.void(types.voidptr), cache=True)
 def decode_splits(pointer):  # type: ignore[no-untyped-def]
-    """Partial attention of q ``[B, H, rows, dk]`` (scaled, rotated) to each split; see ops.reference.attend.
+    """Attention of q ``[B, H, rows, dk]`` (scaled, rotated); see ops.reference.attend for who sees what.
 
-    Fills ``[B, H, splits, rows]`` outputs (x dv), running maxima and sums. A task is one split of one KV head.
+    A task is one split of one KV head; whoever finishes a head's last split merges them, in the order of the splits. Fills
+    out ``[B, H, rows, dv]`` and the log-sum-exp ``[B, H, rows]``; ``part_*`` are scratch ``[B, H, splits, rows(, dv)]``.
     """
     arguments = carray(pointer, (128,), np.int64)
     tasks, heads, splits, rows, dk, dv, page_size, tile_words, page_words, pages_per_row = arguments[1:11]
@@ -457,10 +487,13 @@ def decode_splits(pointer):  # type: ignore[no-untyped-def]
     lengths = _array(arguments, 26, np.int64)
     positions = _array(arguments, 28, np.int64)
     mask = _array(arguments, 30, np.bool_)
-    out = _array(arguments, 32, np.float32)
-    top = _array(arguments, 34, np.float32)
-    total = _array(arguments, 36, np.float32)
-    k_side, v_side = _side(arguments, 40), _side(arguments, 60)
+    part_out = _array(arguments, 32, np.float32)
+    part_top = _array(arguments, 34, np.float32)
+    part_sum = _array(arguments, 36, np.float32)
+    out = _array(arguments, 38, np.float32)
+    lse = _array(arguments, 40, np.float32)
+    finished = arguments[42]
+    k_side, v_side = _side(arguments, 44), _side(arguments, 57)
     k_scratch, v_scratch = _scratch(dk, False), _scratch(dv, True)
     scores = np.empty((rows, SPLIT_TOKENS), dtype=np.float32)
     queries = rows // group
@@ -476,6 +509,12 @@ def decode_splits(pointer):  # type: ignore[no-untyped-def]
             heads * page_words, block_table[b * pages_per_row :], max(first[b], split * SPLIT_TOKENS),
             min(lengths[b], (split + 1) * SPLIT_TOKENS), positions[b], lag, window, np.float32(softcap), visible,
             mask_tokens, page_size // TILE, tile_words, k_side, v_side, k_scratch, v_scratch, scores,
-            _matrix(out, task * rows * dv, rows, dv), top[task * rows : (task + 1) * rows],
-            total[task * rows : (task + 1) * rows],
+            _matrix(part_out, task * rows * dv, rows, dv), part_top[task * rows : (task + 1) * rows],
+            part_sum[task * rows : (task + 1) * rows],
         )  # fmt: skip
+        if _take(finished + 8 * query_head) == splits - 1:
+            begin = query_head * splits * rows
+            _merge(
+                part_out[begin * dv :], part_top[begin:], part_sum[begin:], splits, rows, dv,
+                out[query_head * rows * dv :], lse[query_head * rows :],
+            )  # fmt: skip

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
+_SLOTS = 128
+
 
 @lru_cache(maxsize=1)
 def _gomp_parallel() -> Any | None:
     home = Path(torch.__file__).parent
-    folders = (home / "lib", home.parent / "torch.libs", home.parent / "torch.dylibs")
-    for folder in folders:
+    for folder in (home / "lib", home.parent / "torch.libs", home.parent / "torch.dylibs"):
         for path in sorted(folder.glob("lib*omp*")):
             try:
                 function = ctypes.CDLL(str(path)).GOMP_parallel
@@ -34,26 +35,32 @@ def _gomp_parallel() -> Any | None:
     return None
 
 
-def run(kernel: Any, arguments: list[int | np.ndarray], tasks: int) -> None:
+def describe(values: list[int | torch.Tensor]) -> list[int]:
+    """Integers as they are, contiguous tensors as address and number of elements. The caller keeps the tensors alive."""
+    flat: list[int] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            flat += (value.data_ptr(), value.numel())
+        else:
+            flat.append(value)
+    return flat
+
+
+def run(kernel: Any, arguments: list[int], tasks: int) -> None:
     """Run a numba ``cfunc(void(int64_t *))`` on up to ``torch.get_num_threads()`` threads.
 
     Args:
         kernel: The compiled function. It takes tasks off the counter whose address is its first argument.
-        arguments: What follows the address: integers as they are, arrays as address and number of elements.
+        arguments: What follows that address, see :func:`describe`.
         tasks: Number of tasks; no more threads than that are used.
     """
-    counter = np.zeros(1, dtype=np.int64)
-    flat = [counter.ctypes.data]
-    for value in arguments:
-        if isinstance(value, np.ndarray):
-            flat += (value.ctypes.data, value.size)
-        else:
-            flat.append(value)
-    packed = np.zeros(128, dtype=np.int64)
-    packed[: len(flat)] = flat
+    packed = np.zeros(_SLOTS, dtype=np.int64)  # its last element is the counter
+    base = packed.ctypes.data
+    packed[0] = base + 8 * (_SLOTS - 1)
+    packed[1 : 1 + len(arguments)] = arguments
     threads = min(torch.get_num_threads(), tasks)
     parallel = _gomp_parallel() if threads > 1 else None
     if parallel is None:
-        kernel.ctypes(packed.ctypes.data)
+        kernel.ctypes(base)
     else:
-        parallel(kernel.address, packed.ctypes.data, threads, 0)
+        parallel(kernel.address, base, threads, 0)
