@@ -77,8 +77,8 @@ class LazyPackedKV(PackedKV):
 
     @property
     def shape(self) -> torch.Size:
-        batch, heads, new, size = self._source.shape
-        return torch.Size((batch, heads, int(self.start[0]) + new, size))
+        batch, heads, _, size = self._source.shape
+        return torch.Size((batch, heads, self.layer.visible_tokens(), size))
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Itself, if nothing changes (models with shared KV layers move K and V around), else the tensor."""

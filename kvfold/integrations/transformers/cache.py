@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
@@ -156,6 +157,20 @@ class KVCache(Cache):
             rows=packed[0].batch_size if packed[0].is_initialized else 0,
         )
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens of every layer.
+
+        Raises:
+            UnsupportedModelError: A layer of transformers' own cannot (sliding windows of fixed size).
+        """
+        stuck = [f"{index}: {type(layer).__name__}" for index, layer in enumerate(self.layers) if not hasattr(layer, "crop")]
+        if stuck:
+            raise UnsupportedModelError(
+                f"layers {', '.join(stuck)} cannot be cropped in transformers, so assisted decoding needs a growing cache: "
+                "leave max_length out"
+            )
+        super().crop(tokens_to_remove)
+
     def _uncompressed_kinds(self) -> str:
         kinds = Counter(type(layer).__name__ for layer in self.layers if not isinstance(layer, PackedLayer))
         return ", ".join(f"{count} {name}" for name, count in kinds.items()) or "none"
@@ -200,16 +215,16 @@ def _check_head_size(text: Any, fmt: KVFormat, page_size: int) -> None:
         PageLayout.of(fmt, size, None, page_size)
 
 
+_previous: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()
+
+
 def attach(model: PreTrainedModel) -> None:
     """Make a model run kvfold's attention. Without a compressed cache that is PyTorch's own attention."""
     text = model.config.get_text_config(decoder=True)
     if text._attn_implementation == NAME:
         return
-    if text is model.config:
-        model.set_attn_implementation(NAME)
-    else:  # a vision or audio tower keeps its own attention
-        keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
-        model.set_attn_implementation({key: NAME for key in keys})
+    _previous[model] = text._attn_implementation
+    _set_attention(model, NAME)
     if text._attn_implementation != NAME:
         _log.warning(
             "%s does not take a registered attention: its compressed cache is read de-quantised, which is slow",
@@ -217,8 +232,14 @@ def attach(model: PreTrainedModel) -> None:
         )
 
 
-def detach(model: PreTrainedModel, implementation: str = "sdpa") -> None:
-    """Give a model another attention back."""
+def detach(model: PreTrainedModel) -> None:
+    """Give a model the attention back that it had before :func:`attach`."""
+    if model in _previous:
+        _set_attention(model, _previous.pop(model))
+
+
+def _set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Set the attention of the decoder; a vision or audio tower keeps its own."""
     text = model.config.get_text_config(decoder=True)
     if text is model.config:
         model.set_attn_implementation(implementation)

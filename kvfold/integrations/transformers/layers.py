@@ -211,7 +211,7 @@ class PackedLayer(CacheLayerMixin):
         """
         if not self.needs_tensors and self.config._attn_implementation == NAME:
             self.needs_tensors = True
-        n, tokens = kv.k.shape[2], self._visible_tokens()
+        n, tokens = kv.k.shape[2], self.visible_tokens()
         position = torch.arange(tokens, device=self.device)
         stored = library.load_kv(kv.pages, kv.block_table, self.name, tokens)
         start, exact_from = kv.start[0], kv.exact_from[0]
@@ -229,7 +229,7 @@ class PackedLayer(CacheLayerMixin):
             results.append(x.transpose(1, 2))
         return results[0], results[1]
 
-    def _visible_tokens(self) -> int:
+    def visible_tokens(self) -> int:
         """Tokens of a row that attention is told of: the mask's width."""
         return int(self.length)
 
@@ -328,7 +328,7 @@ class StaticPackedLayer(PackedLayer):
     def _positions(self, value: torch.Tensor) -> torch.Tensor:
         return value.clone().expand(self.batch_size)
 
-    def _visible_tokens(self) -> int:
+    def visible_tokens(self) -> int:
         return self.max_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
