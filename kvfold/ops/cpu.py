@@ -181,9 +181,6 @@ def decode_attention(
     return result.to(q.dtype), lse.transpose(2, 3).flatten(1, 2)
 
 
-exact_attention = reference.exact_attention
-
-
 def prefill_attention(
     q: torch.Tensor,
     pages: torch.Tensor,

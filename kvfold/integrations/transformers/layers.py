@@ -44,7 +44,8 @@ class PackedLayer(CacheLayerMixin):
     def __init__(self, config: Any, fmt: KVFormat, page_size: int, chunk: str) -> None:
         super().__init__()
         self.config, self.format, self.page_size, self.chunk = config, fmt, page_size, chunk
-        self.needs_tensors = False  # set by a model that computes with K and V itself
+        # Models that compute with K and V between cache and attention: MLA for certain, others show it by doing so.
+        self.needs_tensors = getattr(config, "kv_lora_rank", None) is not None
         self.pages: torch.Tensor | None = None
         self._forget()
 
@@ -348,6 +349,8 @@ class StaticPackedLayer(PackedLayer):
             raise ValueError(f"crop takes minus the number of tokens to remove, not {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        if self.device.type == "cpu" and -tokens_to_remove > int(self.length):
+            raise ValueError(f"cannot remove {-tokens_to_remove} of {int(self.length)} tokens")
         self.length.add_(tokens_to_remove)
         self.exact_from.copy_(torch.minimum(self.exact_from, self.length))
 

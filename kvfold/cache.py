@@ -1,0 +1,301 @@
+"""The paged cache: compressed pages of all layers, shared between sequences, and attention to them.
+
+    cache = PagedKVCache("k4v4", num_layers=32, num_kv_heads=8, head_size=128, num_pages=1000)
+    seq = cache.new_sequence()
+    slots = cache.extend(seq, n)                         # once per step: room in every layer
+    cache.store(layer, k, v, slots)                      # then in each layer
+    out, lse = cache.decode(layer, q, [seq], scale=128**-0.5)
+
+A sequence's block table and length hold for all layers. Who holds which page is in :mod:`kvfold.sequences`, what lies
+where inside a page in :mod:`kvfold.layout`, and files are in :mod:`kvfold.storage`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+import torch
+
+from kvfold import ops, storage
+from kvfold.errors import CapacityError, NotBuiltError, ShapeError
+from kvfold.formats import KVFormat
+from kvfold.layout import PageLayout
+from kvfold.planner import FormatSpec
+from kvfold.sequences import Sequences, UnknownSequenceError, whole
+
+__all__ = ["PagedKVCache", "UnknownSequenceError"]
+
+
+class PagedKVCache(Sequences):
+    """Compressed K and V of many sequences in all layers of a model.
+
+    Args:
+        format: What to store, in any spelling that :meth:`KVFormat.parse` understands.
+        num_layers: Layers that store K and V.
+        num_kv_heads: KV heads of each layer (H).
+        head_size: Coordinates of a key (dk).
+        head_size_v: Coordinates of a value (dv); default ``head_size``.
+        num_pages: Pages of each layer, shared by all sequences.
+        page_size: Tokens in a page: 16, 32 or 64.
+        device: Where the pages are.
+
+    Attributes:
+        pages: uint8 ``[num_layers, num_pages, H, page_bytes]``, zeroed once and never moved.
+
+    Raises:
+        FormatError: The format is unknown, or does not go with the head or page size.
+        NotBuiltError: The format needs something that is not built yet, or keeps exact sinks or a tail.
+        ShapeError: A count is not a whole number from 1.
+    """
+
+    def __init__(
+        self, format: FormatSpec, *, num_layers: int, num_kv_heads: int, head_size: int, head_size_v: int | None = None,
+        num_pages: int, page_size: int = 64, device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        self.layout = _layout(format, head_size, head_size_v, page_size)
+        super().__init__(num_pages, page_size, device)
+        self.format = self.layout.format
+        self.num_layers = whole("num_layers", num_layers, 1)
+        self.num_kv_heads = whole("num_kv_heads", num_kv_heads, 1)
+        shape = (self.num_layers, *self.layout.page_shape(self.num_pages, self.num_kv_heads))
+        self.pages = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.device = self.pages.device
+
+    @classmethod
+    def for_memory(
+        cls, format: FormatSpec, memory_bytes: int, *, num_layers: int, num_kv_heads: int, head_size: int,
+        head_size_v: int | None = None, page_size: int = 64, device: torch.device | str = "cpu",
+    ) -> PagedKVCache:  # fmt: skip
+        """The cache with the most pages that fit into ``memory_bytes``. Arguments and errors as of the class.
+
+        Raises:
+            CapacityError: Not one page of every layer fits.
+        """
+        layout = _layout(format, head_size, head_size_v, page_size)
+        page = whole("num_layers", num_layers, 1) * whole("num_kv_heads", num_kv_heads, 1) * layout.page_bytes
+        num_pages = whole("memory_bytes", memory_bytes) // page
+        if not num_pages:
+            raise CapacityError(f"a page of all layers takes {page} bytes, and there are {memory_bytes}: allow more")
+        return cls(
+            format, num_layers=num_layers, num_kv_heads=num_kv_heads, head_size=head_size, head_size_v=head_size_v,
+            num_pages=num_pages, page_size=page_size, device=device,
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        used = self.num_pages - self.free_pages
+        return f"PagedKVCache({self.format}, {len(self.sequences)} sequences, {used} of {self.num_pages} pages in use)"
+
+    # --- accounting ---------------------------------------------------------------------------------------------------
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token in all layers."""
+        return self.num_layers * self.num_kv_heads * self.layout.token_bytes
+
+    @property
+    def bytes_allocated(self) -> int:
+        """Bytes of all pages of all layers, free ones included."""
+        return self.num_pages * self.page_size * self.bytes_per_token
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the pages that sequences hold, shared ones once, a partly filled one whole."""
+        return (self.num_pages - self.free_pages) * self.page_size * self.bytes_per_token
+
+    # --- write --------------------------------------------------------------------------------------------------------
+
+    def extend(self, seq: int | Mapping[int, int], n: int | None = None) -> torch.Tensor:
+        """Reserve room for new tokens in every layer: ``extend(seq, n)`` or, all or nothing, ``extend({seq: n, ...})``.
+
+        The tokens count at once: :meth:`store` them in a layer before its attention reads them. A partly filled last
+        page that another sequence holds too is copied first.
+
+        Returns:
+            int64 ``[T]``: the slots of the new tokens, sequence after sequence.
+
+        Raises:
+            CapacityError: Too few free pages; the message says how many. Nothing has changed.
+            UnknownSequenceError, ShapeError: No such sequence; a negative number. Nothing has changed.
+        """
+        if isinstance(seq, Mapping) != (n is None):
+            raise ShapeError("extend takes a sequence and a number of tokens, or one mapping of sequences to numbers")
+        wanted = dict(seq) if isinstance(seq, Mapping) else {seq: n or 0}
+        begins = {key: self.length(key) for key in wanted}
+        moves = self._reserve(wanted)
+        if moves:
+            source, target = torch.tensor(moves, device=self.device).unbind(1)
+            self.pages[:, target] = self.pages[:, source]
+        slots = [torch.empty(0, dtype=torch.int64), *(self._slots(key, begin) for key, begin in begins.items())]
+        return torch.cat(slots).to(self.device)
+
+    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
+        """Compress k ``[T, H, dk]`` and v ``[T, H, dv]`` into the slots that :meth:`extend` gave. Raises ShapeError."""
+        ops.store_kv(k, v, self._layer(layer), slots, self.layout)
+
+    def append(self, seq: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Extend a sequence and store in all layers: k ``[num_layers, n, H, dk]`` and v ``[num_layers, n, H, dv]``.
+
+        Raises:
+            CapacityError, UnknownSequenceError, ShapeError: As :meth:`extend` and :meth:`store`; nothing has changed.
+        """
+        for name, x, size in (("k", k, self.layout.head_size), ("v", v, self.layout.head_size_v)):
+            shape = (self.num_layers, k.shape[1] if k.dim() == 4 else -1, self.num_kv_heads, size)
+            if tuple(x.shape) != shape or not x.dtype.is_floating_point or x.device != self.device:
+                wanted = f"[{self.num_layers}, n, {self.num_kv_heads}, {size}] on {self.device}"
+                raise ShapeError(f"{name} is a floating tensor {wanted}, not {x.dtype} {list(x.shape)} on {x.device}")
+        slots = self.extend(seq, k.shape[1])
+        for layer in range(self.num_layers):
+            self.store(layer, k[layer], v[layer], slots)
+
+    # --- read ---------------------------------------------------------------------------------------------------------
+
+    def decode(
+        self, layer: int, q: torch.Tensor, seqs: Sequence[int], *, scale: float, softcap: float | None = None,
+        window: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Attention of each sequence's last Tq tokens, which are stored, to the sequence.
+
+        Args:
+            q: ``[B, Tq, Hq, dk]``, query head i using KV head ``i // (Hq // H)``.
+            scale, softcap, window: As in :func:`kvfold.ops.decode_attention`.
+
+        Returns:
+            out ``[B, Tq, Hq, dv]`` in q's dtype, and the scores' log-sum-exp ``[B, Hq, Tq]`` in float32.
+
+        Raises:
+            UnknownSequenceError, ShapeError: No such sequence; a wrong layer, shape, dtype or device.
+        """
+        table, lengths = self._batch_of(seqs)
+        if q.dim() != 4 or q.shape[0] != len(seqs):
+            raise ShapeError(f"q is [B, Tq, Hq, dk] with B = {len(seqs)} sequences, not {list(q.shape)}")
+        pages = self._layer(layer)
+        _check_options(window, softcap)
+        return ops.decode_attention(q, pages, table, lengths, self.layout, scale=scale, softcap=softcap, window=window)
+
+    def prefill(
+        self, layer: int, q: torch.Tensor, seqs: Sequence[int], cu_seqlens: torch.Tensor | Sequence[int], *,
+        scale: float, k: torch.Tensor | None = None, v: torch.Tensor | None = None, softcap: float | None = None,
+        window: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Causal attention of a chunk of new tokens per sequence to the sequence.
+
+        The chunk is the sequence's last tokens: *extend by it first*, so that lengths include it, in both modes. With k
+        and v (``chunk=exact``) queries see their chunk unquantised and what was there before it packed; store the chunk
+        before or after. Without (``chunk=packed``) store it before: queries see nothing but pages.
+
+        Args:
+            q: ``[T, Hq, dk]``, chunk after chunk.
+            cu_seqlens: ``[B + 1]``, where each chunk begins in q: from 0 to T. A list saves a GPU a synchronisation.
+            k: ``[T, H, dk]`` or None. v: ``[T, H, dv]`` or None.
+            scale, softcap, window: As in :func:`kvfold.ops.decode_attention`.
+
+        Returns:
+            out ``[T, Hq, dv]`` in q's dtype, and the scores' log-sum-exp ``[Hq, T]`` in float32.
+
+        Raises:
+            UnknownSequenceError, ShapeError: As :meth:`decode`; or a sequence is shorter than its chunk.
+        """
+        table, lengths = self._batch_of(seqs)
+        bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, torch.Tensor) else list(cu_seqlens)
+        tokens = q.shape[0] if q.dim() == 3 else -1
+        if len(bounds) != len(seqs) + 1 or bounds != sorted(bounds) or (bounds[0], bounds[-1]) != (0, tokens):
+            raise ShapeError(f"cu_seqlens {bounds} must rise from 0 to T in {len(seqs)} steps; q is {list(q.shape)}")
+        for seq, begin, end in zip(seqs, bounds[:-1], bounds[1:], strict=True):
+            if end - begin > self.length(seq):
+                raise ShapeError(f"sequence {seq} is shorter than its chunk of {end - begin}: extend() by the chunk first")
+        pages = self._layer(layer)
+        _check_options(window, softcap)
+        starts = torch.tensor(bounds, dtype=torch.int32, device=self.device)
+        context = lengths if k is None else lengths - starts.diff()
+        return ops.prefill_attention(
+            q, pages, table, context, starts, self.layout, scale=scale, k=k, v=v, softcap=softcap, window=window
+        )
+
+    def load(self, layer: int, seq: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """De-quantised K ``[length, H, dk]`` and V ``[length, H, dv]``, float32, in the model's basis."""
+        k, v = ops.load_kv(self._layer(layer), self.block_table([seq]), self.layout, self.length(seq))
+        return k[0], v[0]
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], seqs: Sequence[int] | None = None) -> None:
+        """Write sequences (default: all) to a file, shared pages once; see :mod:`kvfold.storage`.
+
+        The file appears whole or not at all. Bytes of tokens that these sequences do not hold are written as zeros.
+
+        Raises:
+            UnknownSequenceError: There is no such sequence.
+            OSError: The file cannot be written.
+        """
+        held = [self._sequence(seq) for seq in (self.sequences if seqs is None else seqs)]
+        storage.write(path, self._geometry, self.pages, [one.table for one in held], [one.length for one in held])
+
+    def restore(self, path: str | os.PathLike[str]) -> list[int]:
+        """Add the sequences of a file, pages shared as they were, and return their new numbers in the order of saving.
+
+        Raises:
+            FileFormatError: The file is corrupted, truncated, foreign, or of another version, format or shape.
+            CapacityError: Too few free pages.
+            OSError: The file cannot be read. After each of these the cache holds what it held.
+        """
+        with storage.PageFile(path) as file:
+            file.require(self._geometry)
+            return self._read(file)
+
+    @classmethod
+    def load_file(
+        cls, path: str | os.PathLike[str], *, num_pages: int | None = None, device: torch.device | str = "cpu"
+    ) -> PagedKVCache:
+        """A new cache with the sequences of a file, numbered from 0 in the order of saving.
+
+        Args:
+            num_pages: Pages of the cache; default: as many as the file has, so that nothing can be added.
+
+        Raises:
+            FileFormatError, CapacityError, OSError: As :meth:`restore`.
+        """
+        with storage.PageFile(path) as file:
+            pages = max(1, file.contents.num_pages) if num_pages is None else num_pages
+            cache = cls(**asdict(file.contents.geometry), num_pages=pages, device=device)
+            cache._read(file)
+        return cache
+
+    # --- helpers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _geometry(self) -> storage.Geometry:
+        sizes = (self.layout.head_size, self.layout.head_size_v, self.page_size)
+        return storage.Geometry(str(self.format), self.num_layers, self.num_kv_heads, *sizes)
+
+    def _read(self, file: storage.PageFile) -> list[int]:
+        fresh = self._allocator.take(file.contents.num_pages)
+        try:
+            file.read_into(self.pages, fresh)
+            tables = [[fresh[page] for page in table] for table in file.tables]
+            return [self._add(table, length) for table, length in zip(tables, file.contents.lengths, strict=True)]
+        finally:
+            self._allocator.release(reversed(fresh))
+
+    def _layer(self, layer: int) -> torch.Tensor:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.num_layers:
+            raise ShapeError(f"layer {layer!r} is not one of the {self.num_layers} layers, 0 to {self.num_layers - 1}")
+        return self.pages[layer]
+
+
+def _layout(spec: FormatSpec, head_size: int, head_size_v: int | None, page_size: int) -> PageLayout:
+    fmt = KVFormat.parse(spec)
+    if fmt.sinks or fmt.tail:
+        raise NotBuiltError(
+            f"format {str(fmt)!r}: exact sinks and tail live in the transformers cache; the paged cache gets them "
+            f"later. Use {str(replace(fmt, sinks=0, tail=0))!r} here, or kvfold.KVCache"
+        )
+    return PageLayout.of(fmt, head_size, head_size_v, page_size)
+
+
+def _check_options(window: int | None, softcap: float | None) -> None:
+    if window is not None:
+        whole("window", window, 1)
+    if softcap is not None and not softcap > 0:
+        raise ShapeError(f"softcap is a positive number or None, not {softcap!r}")

@@ -1,0 +1,179 @@
+"""Pages to attend to, and a dense attention over them in float64 that shares no code with ``kvfold.ops``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from kvfold.formats import TILE
+from kvfold.layout import PageLayout
+from kvfold.ops import reference
+from kvfold.rotation import rotation_matrix
+
+POISON = 0xFF
+"""What unwritten bytes hold: NaN as a bfloat16 scale, as an e4m3 code and as an exact element."""
+
+FORMATS = (
+    *(f"k{bits}v{bits}" for bits in range(1, 9)),
+    *("k4v4+plain", "k4v3+nc", "k8v2+mse+pre5", "kf8vf8", "kf8castv4", "kf8v4", "bf16", "exact"),
+)
+
+EPS = 2.0**-24
+"""Largest relative error of rounding to float32."""
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Sequences in poisoned pages: their own pages in an order of no pattern, unused table entries on a poisoned page."""
+
+    layout: PageLayout
+    pages: torch.Tensor
+    table: torch.Tensor
+    lengths: torch.Tensor
+
+    def row(self, b: int) -> Cache:
+        return replace(self, table=self.table[b : b + 1], lengths=self.lengths[b : b + 1])
+
+    def slots(self, b: int) -> torch.Tensor:
+        position, size = torch.arange(int(self.lengths[b])), self.layout.page_size
+        return self.table[b].long()[position // size] * size + position % size
+
+    def vectors(self, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K ``[n, H, dk]`` and V of a sequence as they are stored, un-rotated, in float64."""
+        return decode_records(self.records(self.slots(b)), self.layout)
+
+    def records(self, slots: torch.Tensor) -> torch.Tensor:
+        """The bytes ``[n, H, token_bytes]`` of the tokens in these slots, one token at a time."""
+        size, heads, wanted = self.layout.page_size, self.pages.shape[1], self.layout.addresses()
+        rows = []
+        for slot in slots.tolist():
+            tile = self.pages[slot // size].unflatten(1, (-1, self.layout.tile_bytes))[:, slot % size // TILE]
+            rows.append(tile[:, wanted[slot % TILE]])
+        return torch.stack(rows) if rows else self.pages.new_empty(0, heads, self.layout.token_bytes)
+
+
+def decode_records(records: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Records to K and V in the model's basis, un-rotated in float64."""
+    restored = []
+    for x, side in zip(layout.decode(records), (layout.format.k, layout.format.v), strict=True):
+        x = x.double()
+        restored.append(x @ torch.from_numpy(rotation_matrix(x.shape[-1])) if side.rotated else x)
+    return restored[0], restored[1]
+
+
+def empty_cache(layout: PageLayout, lengths: Sequence[int], heads: int = 2, spare: int = 3, seed: int = 0) -> Cache:
+    """Pages for sequences of these lengths, nothing stored yet."""
+    counts = [-(-length // layout.page_size) for length in lengths]
+    total = sum(counts) + spare
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    table = torch.full((len(lengths), max(counts, default=0) + 1), int(order[-1]), dtype=torch.int32)
+    taken = 0
+    for b, count in enumerate(counts):
+        table[b, :count] = order[taken : taken + count]
+        taken += count
+    pages = torch.full(layout.page_shape(total, heads), POISON, dtype=torch.uint8)
+    return Cache(layout, pages, table, torch.tensor(lengths))
+
+
+def fill(cache: Cache, b: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Store a sequence's K ``[n, H, dk]`` and V, with the reference: who stores is not what these tests are about."""
+    reference.store_kv(k, v, cache.pages, cache.slots(b), cache.layout)
+
+
+def make_cache(layout: PageLayout, lengths: Sequence[int], heads: int = 2, spare: int = 3, seed: int = 0) -> Cache:
+    """Sequences of normal vectors."""
+    cache = empty_cache(layout, lengths, heads, spare, seed)
+    for b, length in enumerate(lengths):
+        k = noise(length, heads, layout.head_size, seed=seed + 2 * b + 1)
+        fill(cache, b, k, noise(length, heads, layout.head_size_v, seed=seed + 2 * b + 2))
+    return cache
+
+
+# --- dense attention --------------------------------------------------------------------------------------------------
+
+
+def sees(
+    num_queries: int,
+    tokens: int,
+    query_start: int | None = None,
+    first: int = 0,
+    lag: int = 0,
+    window: int | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Who sees what, bool ``[Tq, tokens]``: the sentence of ``ops.decode_attention``'s docstring, query by query."""
+    start = tokens - num_queries if query_start is None else query_start
+    table = torch.zeros(num_queries, tokens, dtype=torch.bool)
+    for t in range(num_queries):
+        p = start + t
+        for j in range(tokens):
+            table[t, j] = first <= j <= p - lag and (window is None or j > p - window)
+    return table if mask is None else table & mask[:, :tokens]
+
+
+def dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of q ``[Tq, Hq, dk]`` to K ``[n, H, dk]``, V ``[n, H, dv]``, in the dtype of K.
+
+    A token that a query does not see is not there at all, so that whatever it holds cannot leak.
+
+    Returns:
+        out ``[Tq, Hq, dv]`` and the log-sum-exp ``[Hq, Tq]``.
+    """
+    num_queries, num_heads, _ = q.shape
+    group = num_heads // k.shape[1]
+    out = k.new_zeros(num_queries, num_heads, v.shape[2])
+    lse = k.new_full((num_heads, num_queries), -torch.inf)
+    for t in range(num_queries):
+        seen = visible[t].nonzero().flatten()
+        if not len(seen):
+            continue
+        keys = k[seen].repeat_interleave(group, dim=1)
+        values = v[seen].repeat_interleave(group, dim=1)
+        scores = torch.einsum("hd,nhd->hn", q[t].to(k.dtype) * scale, keys)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        out[t] = torch.einsum("hn,nhd->hd", torch.softmax(scores, dim=-1), values)
+        lse[:, t] = torch.logsumexp(scores, dim=-1)
+    return out, lse
+
+
+State = tuple[torch.Tensor, torch.Tensor]
+
+
+def assert_close(got: State, truth: State, plain: State) -> None:
+    """``got`` is at most four times as far from the float64 truth as the same attention in plain float32 is.
+
+    Root-mean-square over all outputs, which is stable where a maximum is a lottery. Two rotations round besides, so that
+    a few roundings of the output are allowed where plain float32 makes no error at all (a single visible token), and
+    of one in the log-sum-exp, whose logarithm may be of a sum near one.
+    """
+    for mine, true, other, unit in zip(got, truth, plain, (0.0, 1.0), strict=True):
+        assert mine.shape == true.shape
+        finite = true.isfinite()
+        assert torch.equal(mine.double()[~finite], true[~finite]), "a query that sees nothing"
+        mine, true, other = (x[finite].double() for x in (mine, true, other))
+        allowed = 4 * (other - true).norm() + 6 * EPS * (true.norm() + unit * len(true) ** 0.5)
+        assert (mine - true).norm() <= allowed, f"error {(mine - true).norm():.3g}, allowed {allowed:.3g}"
+
+
+def expected(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None = None
+) -> tuple[State, State]:
+    """The truth in float64, and the same in plain float32."""
+    return dense(q, k, v, visible, scale, softcap), dense(q, k.float(), v.float(), visible, scale, softcap)
