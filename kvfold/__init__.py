@@ -20,7 +20,16 @@ _HOMES = {
     "ops": "kvfold.ops",
 }
 
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "KVCache",
+    "KVFormat",
+    "PageLayout",
+    "PagedKVCache",
+    "__version__",
+    "attach",
+    "detach",
+    "ops",
+]
 
 if TYPE_CHECKING:
     from kvfold import ops

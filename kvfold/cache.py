@@ -68,11 +68,8 @@ class PagedKVCache(Sequences):
         cls, format: FormatSpec, memory_bytes: int, *, num_layers: int, num_kv_heads: int, head_size: int,
         head_size_v: int | None = None, page_size: int = 64, device: torch.device | str = "cpu",
     ) -> PagedKVCache:  # fmt: skip
-        """The cache with the most pages that fit into ``memory_bytes``. Arguments and errors as of the class.
-
-        Raises:
-            CapacityError: Not one page of every layer fits.
-        """
+        """The cache with the most pages that fit into ``memory_bytes``; CapacityError if not one of every layer
+        fits."""
         layout = _layout(format, head_size, head_size_v, page_size)
         page = whole("num_layers", num_layers, 1) * whole("num_kv_heads", num_kv_heads, 1) * layout.page_bytes
         num_pages = whole("memory_bytes", memory_bytes) // page
@@ -121,7 +118,7 @@ class PagedKVCache(Sequences):
         """
         if isinstance(seq, Mapping) != (n is None):
             raise ShapeError("extend takes a sequence and a number of tokens, or one mapping of sequences to numbers")
-        wanted = dict(seq) if isinstance(seq, Mapping) else {seq: n or 0}
+        wanted = dict(seq) if isinstance(seq, Mapping) else {seq: -1 if n is None else n}
         begins = {key: self.length(key) for key in wanted}
         moves = self._reserve(wanted)
         if moves:
@@ -204,7 +201,7 @@ class PagedKVCache(Sequences):
             raise ShapeError(f"cu_seqlens {bounds} must rise from 0 to T in {len(seqs)} steps; q is {list(q.shape)}")
         for seq, begin, end in zip(seqs, bounds[:-1], bounds[1:], strict=True):
             if end - begin > self.length(seq):
-                raise ShapeError(f"sequence {seq} is shorter than its chunk of {end - begin}: extend() by the chunk first")
+                raise ShapeError(f"sequence {seq} is shorter than its chunk of {end - begin}: extend() it first")
         pages = self._layer(layer)
         _check_options(window, softcap)
         starts = torch.tensor(bounds, dtype=torch.int32, device=self.device)

@@ -88,7 +88,7 @@ def _cells(head_size: int, magnitudes: Array) -> tuple[Array, Array, Array]:
     """Mass, first and second moment of the cell of each magnitude."""
     grid, mass, first, second = _half_law(head_size)
     edges = np.concatenate([[0.0], (magnitudes[1:] + magnitudes[:-1]) / 2, [grid[-1]]])
-    return tuple(np.diff(np.interp(edges, grid, integral)) for integral in (mass, first, second))  # type: ignore[return-value]
+    return tuple(np.diff(np.interp(edges, grid, integral)) for integral in (mass, first, second))
 
 
 def _distortion(head_size: int, magnitudes: Array) -> float:
@@ -122,7 +122,7 @@ def _round_to_int8(head_size: int, ideal: Array) -> tuple[NDArray[np.int64], flo
             continue
         distortion = _distortion(head_size, (integers + 0.5) * step)
         if best is None or distortion < best[0]:
-            best = (distortion, integers, step)
+            best = (distortion, integers, float(step))
     assert best is not None  # up to 8 magnitudes always fit into 7 bits
     return best[1], best[2]
 
@@ -142,15 +142,15 @@ def lloyd_max(bits: int, head_size: int) -> Codebook:
     integers, step = None, 0.0
     if bits <= INT8_BITS:
         integers, step = _round_to_int8(head_size, magnitudes)
-        magnitudes = (integers + 0.5) * step
+        magnitudes = np.asarray((integers + 0.5) * step, dtype=np.float64)
     return Codebook(bits, head_size, magnitudes, integers, step, _distortion(head_size, magnitudes))
 
 
 def fp8_distortion() -> float:
     """Expected distortion of e4m3 with 3 mantissa bits on a Gaussian, far from under- and overflow.
 
-    A float of 3 mantissa bits has relative steps of 1/8 to 1/16; averaged over a log-uniform mantissa weighted by energy
-    the error is ``(2^-3)^2 / 12 * E[2^(2 floor(log2 |t|))] / E[t^2]``.
+    A float of 3 mantissa bits has relative steps of 1/8 to 1/16; averaged over a log-uniform mantissa weighted by
+    energy the error is ``(2^-3)^2 / 12 * E[2^(2 floor(log2 |t|))] / E[t^2]``.
     """
     grid, mass, _, second = _half_law(128)
     centre = (grid[1:] + grid[:-1]) / 2

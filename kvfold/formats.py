@@ -156,7 +156,9 @@ class KVFormat:
         if self.mean:
             reasons.append("a key reference vector per page (mean) is not built yet")
         if reasons:
-            raise NotBuiltError(f"format {str(self)!r}: {'; '.join(dict.fromkeys(reasons))}. Built today: {built_help()}")
+            raise NotBuiltError(
+                f"format {str(self)!r}: {'; '.join(dict.fromkeys(reasons))}. Built today: {built_help()}"
+            )
         return self
 
     @property
@@ -332,13 +334,24 @@ def _parse_grammar(text: str) -> KVFormat:
 
 def _check_prescales(count: int) -> int:
     if count % 2 == 0 or not 1 <= count <= MAX_PRESCALES:
-        raise FormatError(f"pre{count}: the prescale search takes an odd number of candidates from 1 to {MAX_PRESCALES}")
+        raise FormatError(
+            f"pre{count}: the prescale search takes an odd number of candidates from 1 to {MAX_PRESCALES}"
+        )
     return count
 
 
 def known_names() -> list[str]:
     """Names worth proposing to somebody who misspelled one."""
-    widths = [f"k{b}v{b}" for b in range(1, 9)] + ["k8v4", "k4v2", "k4v3", "k3v2", "kf8vf8", "kf8v4", "k3tv3t", "k4tv4t"]
+    widths = [f"k{b}v{b}" for b in range(1, 9)] + [
+        "k8v4",
+        "k4v2",
+        "k4v3",
+        "k3v2",
+        "kf8vf8",
+        "kf8v4",
+        "k3tv3t",
+        "k4tv4t",
+    ]
     return [*ALIASES, *PRESETS, *widths]
 
 
@@ -369,13 +382,28 @@ def _parse_text(raw: str) -> KVFormat:
     return _parse_grammar(head + plus + options)
 
 
-_JSON_KEYS = ("k", "v", "scale", "prescales", "mean", "sinks", "tail", "bit_width", "use_qjl", "k_quant", "v_quant", "turboquant")
+_JSON_KEYS = (
+    "k",
+    "v",
+    "scale",
+    "prescales",
+    "mean",
+    "sinks",
+    "tail",
+    "bit_width",
+    "use_qjl",
+    "k_quant",
+    "v_quant",
+    "turboquant",
+)
 
 
 def _parse_object(spec: Mapping[str, object]) -> KVFormat:
     for key in spec:
         if key not in _JSON_KEYS:
-            raise FormatError(f"unknown key {key!r} in format {dict(spec)!r}{_did_you_mean(str(key), list(_JSON_KEYS))}")
+            raise FormatError(
+                f"unknown key {key!r} in format {dict(spec)!r}{_did_you_mean(str(key), list(_JSON_KEYS))}"
+            )
     for own in ({"k_quant", "v_quant", "turboquant"}, {"bit_width", "use_qjl"}):
         if own & set(spec) - {"turboquant"} and (foreign := set(spec) - own):
             raise FormatError(f"keys {sorted(foreign)} do not go with {sorted(own & set(spec))}")

@@ -9,19 +9,20 @@ one contiguous copy. A tile is (docs/layout.md has the drawing)
 and nothing else: it is a permutation of the bytes of its sixteen tokens' records, and always a multiple of 16 bytes.
 
 **Planes.** A code of b bits is cut into planes of 4, 2 and 1 bits (``Side.planes``), lowest bits first. In a plane of
-w <= 4 bits a 32-bit word has eight nibbles. Element ``e`` lies in nibble ``e % 8``; the ``4/w`` rows of eight elements that
-share a word lie side by side inside each nibble, row ``(e // 8) % (4/w)`` at bit ``w * row``. So a word masked with 0xF..,
-0x3.. or 0x1.. has the codes of eight consecutive elements in its eight nibbles, which is what ``prmt`` (a four-way byte
-look-up with nibbles as selectors) reads, and planes of different widths combine nibble by nibble. Planes of 8 bits and
-more are plain little-endian elements. A plane's row is padded to whole words: for head sizes that are multiples of 32
-nothing is padded.
+w <= 4 bits a 32-bit word has eight nibbles. Element ``e`` lies in nibble ``e % 8``; the ``4/w`` rows of eight elements
+that share a word lie side by side inside each nibble, row ``(e // 8) % (4/w)`` at bit ``w * row``. So a word masked
+with 0xF.., 0x3.. or 0x1.. has the codes of eight consecutive elements in its eight nibbles, which is what ``prmt`` (a
+four-way byte look-up with nibbles as selectors) reads, and planes of different widths combine nibble by nibble. Planes
+of 8 bits and more are plain little-endian elements. A plane's row is padded to whole words: for head sizes that are
+multiples of 32 nothing is padded.
 
-**K rows are token-major**: token t's row is contiguous. A thread of a tensor-core quad reads a quarter of a row, which is
-the A operand of S = K q^T up to a permutation of the coordinates, and that permutation is merged into q.
+**K rows are token-major**: token t's row is contiguous. A thread of a tensor-core quad reads a quarter of a row, which
+is the A operand of S = K q^T up to a permutation of the coordinates, and that permutation is merged into q.
 
 **V rows are interleaved by four tokens**: word c of the tile's sixteen rows occupies 64 bytes as
-``[token // 4][byte of the word][token % 4]``, so that a 32-bit load holds the same byte of four consecutive tokens, which
-is what O = V^T p wants, and 16-byte loads of a warp are contiguous. (Planes wider than 8 bits are token-major in V too.)
+``[token // 4][byte of the word][token % 4]``, so that a 32-bit load holds the same byte of four consecutive tokens,
+which is what O = V^T p wants, and 16-byte loads of a warp are contiguous.
+(Planes wider than 8 bits are token-major in V too.)
 
 A byte of codes belongs to one token: storing a token touches no neighbour and reads nothing back.
 """
@@ -187,7 +188,9 @@ def pack_planes(codes: torch.Tensor, side: Side) -> list[torch.Tensor]:
         bits = (codes.to(torch.int64) >> shift) & ((1 << width) - 1)
         bits = torch.nn.functional.pad(bits, (0, row_bytes * 8 // width - bits.shape[-1]))
         bits = bits.unflatten(-1, (row_bytes // 4, per_nibble, 8))  # word, row inside the nibble, nibble
-        place = width * torch.arange(per_nibble, device=codes.device)[:, None] + 4 * torch.arange(8, device=codes.device)
+        place = width * torch.arange(per_nibble, device=codes.device)[:, None] + 4 * torch.arange(
+            8, device=codes.device
+        )
         words = (bits << place).sum(dim=(-2, -1))
         rows.append(words.to(torch.int32).view(torch.uint8).reshape(*codes.shape[:-1], row_bytes))
         shift += width

@@ -1,9 +1,9 @@
 """The rotation that makes a vector's coordinates exchangeable before they are quantised.
 
 For a head of ``d = 2^a * m`` coordinates (m odd) the rotation is ``R = (H ⊗ T) S``: H the Hadamard matrix of order 2^a,
-T the discrete Hartley transform of order m (``T[i, j] = (cos + sin)(2 pi i j / m) / sqrt(m)``), and S a fixed diagonal of
-random signs. H and T are symmetric and orthogonal, so ``R^-1 = S (H ⊗ T)``, for any head size and without a search for
-Hadamard matrices of odd orders. For the usual sizes (64, 128, 256) it is the signed Walsh–Hadamard transform.
+T the discrete Hartley transform of order m (``T[i, j] = (cos + sin)(2 pi i j / m) / sqrt(m)``), and S a fixed diagonal
+of random signs. H and T are symmetric and orthogonal, so ``R^-1 = S (H ⊗ T)``, for any head size and without a search
+for Hadamard matrices of odd orders. For the usual sizes (64, 128, 256) it is the signed Walsh–Hadamard transform.
 
 The signs cost nothing, because they are merged into the matrix. They are there for vectors of simple structure: without
 them a key whose coordinates are all equal would come out as a single spike, far outside any codebook.

@@ -76,7 +76,7 @@ class Sequences:
     def __init__(self, num_pages: int, page_size: int, device: torch.device | str) -> None:
         self.num_pages, self.page_size = whole("num_pages", num_pages, 1), page_size
         self.device = torch.device(device)
-        self._allocator = PageAllocator(num_pages)
+        self._allocator = PageAllocator(self.num_pages)
         self._held: dict[int, Held] = {}
         self._next_id = 0
         self._changes = 0  # counts what makes a block table or a length out of date

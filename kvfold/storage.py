@@ -214,7 +214,7 @@ class PageFile:
         pairs = [(f.name, getattr(self.contents.geometry, f.name), getattr(geometry, f.name)) for f in fields(Geometry)]
         differing = [f"{name} {theirs} in the file, {ours} here" for name, theirs, ours in pairs if theirs != ours]
         if differing:
-            raise self._refusal(f"does not fit: {'; '.join(differing)} (PagedKVCache.load_file makes a cache that fits)")
+            raise self._refusal(f"does not fit: {'; '.join(differing)} (PagedKVCache.load_file makes one that does)")
 
     def read_into(self, pages: torch.Tensor, where: Sequence[int]) -> None:
         """Copy the file's pages to the pages ``where`` of each layer of ``pages``, layer by layer."""

@@ -64,7 +64,10 @@ def test_exact_tokens_really_are_exact(llama, fmt: str, chunk: str, max_length: 
 def test_one_bit_without_exact_tokens_does_lose(llama, max_length: int | None) -> None:  # type: ignore[no-untyped-def]
     wanted = llama.generate(**prompt(), max_new_tokens=12, do_sample=False)
     got = llama.generate(
-        **prompt(), max_new_tokens=12, do_sample=False, past_key_values=KVCache(llama.config, "k1v1", max_length=max_length)
+        **prompt(),
+        max_new_tokens=12,
+        do_sample=False,
+        past_key_values=KVCache(llama.config, "k1v1", max_length=max_length),
     )
     assert not torch.equal(got, wanted)
 
@@ -329,7 +332,9 @@ def test_models_without_the_attention_interface_are_told(llama, caplog: pytest.L
     model.set_attn_implementation("eager")
     type_of_model = type("OldModel", (type(model),), {"_can_set_attn_implementation": classmethod(lambda cls: False)})
     model.__class__ = type_of_model
-    model.model.__class__ = type("OldInner", (type(model.model),), {"_can_set_attn_implementation": classmethod(lambda cls: False)})
+    model.model.__class__ = type(
+        "OldInner", (type(model.model),), {"_can_set_attn_implementation": classmethod(lambda cls: False)}
+    )
     with caplog.at_level(logging.WARNING, logger="kvfold"):
         cache = KVCache.for_model(model, "exact")
     assert "de-quantised" in caplog.text

@@ -1,8 +1,9 @@
-"""With a lossless format a compressed cache must generate the tokens that DynamicCache does: models x modes x both kinds."""
+"""With a lossless format a compressed cache must generate the tokens that DynamicCache does: models x modes x both
+kinds."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def generate(model_type: str, mode: str, cache: object) -> torch.Tensor:
     return tokens
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(model_type: str, mode: str) -> torch.Tensor:
     """The tokens of the model's own attention and cache."""
     model = tiny(model_type)

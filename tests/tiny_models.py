@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import transformers
@@ -29,7 +29,11 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gemma2": _COMMON | _SLIDING | {"num_hidden_layers": 2, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0},
     "gemma3_text": _COMMON
     | _SLIDING
-    | {"num_hidden_layers": 3, "query_pre_attn_scalar": 32, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    | {
+        "num_hidden_layers": 3,
+        "query_pre_attn_scalar": 32,
+        "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+    },
     "gpt_oss": _COMMON
     | _SLIDING
     | {
@@ -75,9 +79,10 @@ CONFIGS: dict[str, dict[str, object]] = {
 """Keyword arguments of each model type's config. Vocabulary 97; 0 pads, 1 begins, 2 ends."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny(model_type: str) -> PreTrainedModel:
-    """The model of a type with fixed random weights, in float32 and evaluation mode. Shared: give it its attention back."""
+    """The model of a type with fixed random weights, in float32 and evaluation mode. Shared: give it its attention
+    back."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, **CONFIGS[model_type])
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

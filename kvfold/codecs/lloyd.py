@@ -4,17 +4,17 @@ Two things improve on the paper at the same bytes (both at encode time, decoding
 
 * Prescale search: quantise at several prescales around 1 and keep the one whose reconstruction has the best cosine with
   the vector. About -15 % distortion at 4 bits.
-* Scale rules. With z the vector in units of its prescaled root mean square s, and z0 = Q(z) the levels of its codes, the
-  stored scale is
+* Scale rules. With z the vector in units of its prescaled root mean square s, and z0 = Q(z) the levels of its codes,
+  the stored scale is
 
       plain     s                        the paper's: the norm, divided by sqrt(d)
       unbiased  s <z, z> / <z, z0>       makes <x, x̂> = |x|^2, so that scores are not shrunk (after EDEN, RaBitQ)
       nc        s |z| / |z0|             makes |x̂| = |x| ("norm correction", unit-norm reconstruction)
       mse       s <z, z0> / <z0, z0>     least squared error of this vector
 
-The scale is bfloat16, and s is rounded to bfloat16 *before* the codes are chosen, so that under ``plain`` rounding costs
-nothing. A zero vector has scale 0; a vector with a non-finite coordinate has scale NaN, so that whoever attends to it
-gets NaN, as from an uncompressed cache, and never a plausible number.
+The scale is bfloat16, and s is rounded to bfloat16 *before* the codes are chosen, so that under ``plain`` rounding
+costs nothing. A zero vector has scale 0; a vector with a non-finite coordinate has scale NaN, so that whoever attends
+to it gets NaN, as from an uncompressed cache, and never a plausible number.
 """
 
 from __future__ import annotations
@@ -31,7 +31,11 @@ from kvfold.formats import Side
 def prescale_candidates(count: int) -> tuple[float, ...]:
     """Prescales tried at encode time, 1 first so that ties keep it: within 10 % for three, 20 % for more."""
     reach = 0.1 if count <= 3 else 0.2
-    return tuple(sorted(np.linspace(1 - reach, 1 + reach, count).round(6).tolist(), key=lambda p: abs(p - 1))) if count > 1 else (1.0,)
+    return (
+        tuple(sorted(np.linspace(1 - reach, 1 + reach, count).round(6).tolist(), key=lambda p: abs(p - 1)))
+        if count > 1
+        else (1.0,)
+    )
 
 
 @lru_cache(maxsize=256)

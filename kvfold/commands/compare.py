@@ -1,7 +1,7 @@
 """Answer one long prompt twice, on transformers' own cache and on a compressed one: text, speed and bytes.
 
 Greedy. The bytes are read off the live buffers and must equal the planner's figure; if not, the exit code is 1. The
-prompt is the beginning of Moby Dick and a question about it, or --prompt-file. Speed is that of this machine, now.
+prompt is the beginning of Moby Dick and a task about it, or --prompt-file. Speed is that of this machine, now.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ example: kvfold compare --format k4v4 k3v3 --max-new-tokens 64
 """
 
 TEXT = Path(__file__).parents[2] / "examples" / "data" / "moby_dick_excerpt.txt"
-QUESTION = "Who tells this story, and what does he do when he grows grim about the mouth? Answer in a few sentences."
+TASK = "Summarise this text in a few sentences."
 WARM_UP_TOKENS = 4
 
 
@@ -94,7 +94,7 @@ def _prompt(path: Path | None) -> str:
         return read_prompt(path)
     if not TEXT.exists():
         raise UsageError("the excerpt of Moby Dick is in the repository, not in the package: give --prompt-file FILE")
-    return f"{read_prompt(TEXT)}\n{QUESTION}"
+    return f"{read_prompt(TEXT)}\n{TASK}"
 
 
 def _measure(args: argparse.Namespace, subject: Subject, formats: list[KVFormat], prompt: str) -> list[Row]:

@@ -26,7 +26,6 @@ from kvfold.layout import PageLayout
 from kvfold.ops import reference
 from kvfold.ops.reference import apply_sink_logits, merge_states
 
-
 __all__ = [
     "apply_sink_logits",
     "backend",
@@ -171,9 +170,9 @@ def decode_attention(
         mask: bool ``[B, Tq, >= max(seq_lens)]``.
 
     Returns:
-        out ``[B, Tq, Hq, dv]`` in q's dtype and the model's basis, and the scores' log-sum-exp ``[B, Hq, Tq]`` in float32
-        (natural logarithm); a query that sees nothing gets 0 and -inf. Partial results over disjoint tokens are joined
-        by :func:`merge_states`.
+        out ``[B, Tq, Hq, dv]`` in q's dtype and the model's basis, and the scores' log-sum-exp ``[B, Hq, Tq]`` in
+        float32 (natural logarithm); a query that sees nothing gets 0 and -inf. Partial results over disjoint tokens
+        are joined by :func:`merge_states`.
 
     Raises:
         ShapeError: A tensor has the wrong shape, dtype or device.
@@ -247,9 +246,9 @@ def prefill_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of a varlen batch of chunks, each to its sequence's packed prefix and to itself.
 
-    With k and v (``chunk=exact``) a chunk's queries see the chunk's own K and V unquantised and the ``context_lens`` tokens
-    before it packed. Without (``chunk=packed``) the chunk has been stored first, ``context_lens`` includes it, and
-    every query reads page bytes, its own token's included (design, invariant 7).
+    With k and v (``chunk=exact``) a chunk's queries see the chunk's own K and V unquantised and the ``context_lens``
+    tokens before it packed. Without (``chunk=packed``) the chunk has been stored first, ``context_lens`` includes it,
+    and every query reads page bytes, its own token's included (design, invariant 7).
 
     Args:
         q: ``[T, Hq, dk]``, the chunks of all sequences one after the other.
@@ -285,7 +284,9 @@ def _describe(tensor: torch.Tensor) -> str:
 
 
 def _matches(shape: torch.Size, wanted: tuple[int | None, ...]) -> bool:
-    return len(shape) == len(wanted) and all(want is None or want == got for got, want in zip(shape, wanted, strict=True))
+    return len(shape) == len(wanted) and all(
+        want is None or want == got for got, want in zip(shape, wanted, strict=True)
+    )
 
 
 def _check(name: str, tensor: torch.Tensor, wanted: tuple[int | None, ...], device: torch.device) -> None:
@@ -295,7 +296,11 @@ def _check(name: str, tensor: torch.Tensor, wanted: tuple[int | None, ...], devi
 
 
 def _check_integer(
-    name: str, tensor: torch.Tensor, wanted: tuple[int | None, ...], device: torch.device, dtype: torch.dtype | None = None
+    name: str,
+    tensor: torch.Tensor,
+    wanted: tuple[int | None, ...],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> None:
     allowed = (dtype,) if dtype else (torch.int32, torch.int64)
     if tensor.dtype not in allowed or tensor.device != device or not _matches(tensor.shape, wanted):
@@ -305,9 +310,15 @@ def _check_integer(
 
 
 def _check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
-    if pages.dtype != torch.uint8 or pages.dim() != 3 or pages.shape[2] != layout.page_bytes or not pages.is_contiguous():
+    if (
+        pages.dtype != torch.uint8
+        or pages.dim() != 3
+        or pages.shape[2] != layout.page_bytes
+        or not pages.is_contiguous()
+    ):
         raise ShapeError(
-            f"pages of {layout.format} with head sizes {layout.head_size}/{layout.head_size_v} and {layout.page_size} tokens "
+            f"pages of {layout.format} with head sizes {layout.head_size}/{layout.head_size_v} and "
+            f"{layout.page_size} tokens "
             f"are contiguous uint8 [num_pages, num_kv_heads, {layout.page_bytes}], not {_describe(pages)}"
         )
 

@@ -1,7 +1,7 @@
 """The operations on a CPU, compiled by numba: the same bytes and the same attention as the reference, fast.
 
-Storing and decoding work on the packed bytes, tile by tile: a tile's codes are unpacked into a scratch of 16 vectors that
-stays in the first-level cache, looked up in a table of levels, multiplied, and forgotten. Sequences are cut into
+Storing and decoding work on the packed bytes, tile by tile: a tile's codes are unpacked into a scratch of 16 vectors
+that stays in the first-level cache, looked up in a table of levels, multiplied, and forgotten. Sequences are cut into
 splits of a fixed number of tokens, so that the cores are busy with one sequence and the result of a sequence does not
 depend on what else is in the batch.
 
@@ -115,7 +115,7 @@ def load_range(
 
 
 def _check_table(block_table: torch.Tensor, pages: torch.Tensor) -> None:
-    if block_table.numel() and not (0 <= int(block_table.min()) and int(block_table.max()) < pages.shape[0]):
+    if block_table.numel() and not (int(block_table.min()) >= 0 and int(block_table.max()) < pages.shape[0]):
         raise ShapeError(f"block_table names pages outside 0 to {pages.shape[0] - 1}")
 
 
@@ -173,7 +173,9 @@ def decode_attention(
     arguments += [layout.tile_bytes // 4, layout.page_bytes // 4, table.shape[1], group, lag, window or 0]
     arguments += [int(mask is not None), 0 if mask is None else mask.shape[-1]]
     arguments += [*cpu_threads.describe([cap, queries]), pages.data_ptr(), pages.numel() // 4]
-    arguments += cpu_threads.describe([table, starts, lengths, positions, visible, part_out, parts[0], parts[1], out, lse])
+    arguments += cpu_threads.describe(
+        [table, starts, lengths, positions, visible, part_out, parts[0], parts[1], out, lse]
+    )
     arguments += [*cpu_threads.describe([finished]), *_side(layout, False), *_side(layout, True)]
     cpu_threads.run(kernels.decode_splits, arguments, batch * heads * splits)
     result = out.permute(0, 2, 1, 3, 4).flatten(2, 3)

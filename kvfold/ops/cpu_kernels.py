@@ -1,12 +1,12 @@
 """Kernels of :mod:`kvfold.ops.cpu`, compiled by numba. No torch here.
 
 Each kernel is a C function ``void(int64_t *)`` whose argument describes the arrays and scalars, so that it can run on
-torch's own pool of OpenMP threads (:mod:`kvfold.ops.cpu_threads` says why): every thread takes tasks off an atomic counter until
-none are left, so the result does not depend on how many there are.
+torch's own pool of OpenMP threads (:mod:`kvfold.ops.cpu_threads` says why): every thread takes tasks off an atomic
+counter until none are left, so the result does not depend on how many there are.
 
 Storing takes pages as bytes, reading takes them as 32-bit words (a page is a whole number of words). Floating-point
-contraction and re-association are allowed, assumptions about NaN and infinity are not: both must come through as they do
-in an uncompressed cache.
+contraction and re-association are allowed, assumptions about NaN and infinity are not: both must come through as they
+do in an uncompressed cache.
 """
 
 from __future__ import annotations
@@ -213,8 +213,8 @@ def _write_planes(codes, tile, row, side):  # type: ignore[no-untyped-def]
 def _read_nibbles(tile, first, last, side, nibbles):  # type: ignore[no-untyped-def]
     """Combine planes first to last of a tile into words of eight nibbles, one per eight elements.
 
-    nibbles is ``[16, rows]`` for token-major sides and ``[rows, 16]`` for interleaved ones, whose words hold a byte each of
-    four tokens: masking and shifting treat both alike, because a nibble never mixes tokens.
+    nibbles is ``[16, rows]`` for token-major sides and ``[rows, 16]`` for interleaved ones, whose words hold a byte
+    each of four tokens: masking and shifting treat both alike, because a nibble never mixes tokens.
     """
     shift = np.uint32(0)
     for p in range(first, last):
@@ -245,7 +245,11 @@ def _scratch(d, interleaved):  # type: ignore[no-untyped-def]
     """Buffers of :func:`_read_tile`: sixteen vectors padded to eight elements, and two of nibbles."""
     rows = (d + 7) // 8
     shape = (rows, TILE) if interleaved else (TILE, rows)
-    return np.empty((TILE, rows * 8), dtype=np.float32), np.zeros(shape, dtype=np.uint32), np.zeros(shape, dtype=np.uint32)
+    return (
+        np.empty((TILE, rows * 8), dtype=np.float32),
+        np.zeros(shape, dtype=np.uint32),
+        np.zeros(shape, dtype=np.uint32),
+    )
 
 
 @njit(fastmath=_MATH)
@@ -473,8 +477,9 @@ def load_tiles(pointer):  # type: ignore[no-untyped-def]
 def decode_splits(pointer):  # type: ignore[no-untyped-def]
     """Attention of q ``[B, H, rows, dk]`` (scaled, rotated); see ops.reference.attend for who sees what.
 
-    A task is one split of one KV head; whoever finishes a head's last split merges them, in the order of the splits. Fills
-    out ``[B, H, rows, dv]`` and the log-sum-exp ``[B, H, rows]``; ``part_*`` are scratch ``[B, H, splits, rows(, dv)]``.
+    A task is one split of one KV head; whoever finishes a head's last split merges them, in the order of the splits.
+    Fills out ``[B, H, rows, dv]`` and the log-sum-exp ``[B, H, rows]``; ``part_*`` are scratch ``[B, H, splits, rows(,
+    dv)]``.
     """
     arguments = carray(pointer, (128,), np.int64)
     tasks, heads, splits, rows, dk, dv, page_size, tile_words, page_words, pages_per_row = arguments[1:11]

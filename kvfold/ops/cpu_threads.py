@@ -1,10 +1,10 @@
 """Run a compiled kernel on torch's own pool of OpenMP threads.
 
-A second pool beside torch's would fight it: after a parallel region libgomp's workers spin for milliseconds, waiting for the
-next one, so that on a machine with as many threads as cores another pool's workers wait for a time slice. (Measured
-with numba's own pool on two cores: 8 to 48 ms for a call of 0.5 ms.) So the kernel is handed to the ``GOMP_parallel`` of the
-very library that torch has loaded; LLVM's and Intel's OpenMP export the same entry. Where none is found the calling
-thread does all the work.
+A second pool beside torch's would fight it: after a parallel region libgomp's workers spin for milliseconds, waiting
+for the next one, so that on a machine with as many threads as cores another pool's workers wait for a time slice.
+(Measured with numba's own pool on two cores: 8 to 48 ms for a call of 0.5 ms.) So the kernel is handed to the
+``GOMP_parallel`` of the very library that torch has loaded; LLVM's and Intel's OpenMP export the same entry. Where
+none is found the calling thread does all the work.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _gomp_parallel() -> Any | None:
 
 
 def describe(values: list[int | torch.Tensor]) -> list[int]:
-    """Integers as they are, contiguous tensors as address and number of elements. The caller keeps the tensors alive."""
+    """Integers as they are, contiguous tensors as address and number of elements. The caller keeps the tensors
+    alive."""
     flat: list[int] = []
     for value in values:
         if isinstance(value, torch.Tensor):

@@ -1,6 +1,7 @@
 """The operations as torch custom ops, for tracing: the same functions, with a layout spelled out in the schema.
 
-In eager mode a call goes straight to :mod:`kvfold.ops`; the dispatcher's overhead is paid only inside ``torch.compile``.
+In eager mode a call goes straight to :mod:`kvfold.ops`; the dispatcher's overhead is paid only inside
+``torch.compile``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ def _decode_attention(
 @_decode_attention.register_fake
 def _(q, pages, block_table, seq_lens, format, head_size_v, *rest):  # type: ignore[no-untyped-def]
     batch, num_queries, heads, _ = q.shape
-    return q.new_empty(batch, num_queries, heads, head_size_v), q.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    return q.new_empty(batch, num_queries, heads, head_size_v), q.new_empty(
+        batch, heads, num_queries, dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("kvfold::prefill_attention", mutates_args=())
@@ -189,6 +192,6 @@ def prefill_attention(
             scale, k, v, window, softcap, mask,
         )  # fmt: skip
     return ops.prefill_attention(
-        q, pages, block_table, context_lens, cu_seqlens, name.layout(), scale=scale, k=k, v=v, window=window, softcap=softcap,
-        mask=mask,
+        q, pages, block_table, context_lens, cu_seqlens, name.layout(), scale=scale, k=k, v=v, window=window,
+        softcap=softcap, mask=mask,
     )  # fmt: skip

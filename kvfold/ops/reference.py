@@ -6,8 +6,10 @@ window with an online softmax, so that a long prefix is never de-quantised whole
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -54,7 +56,9 @@ def load_range(
     first, last = lo // layout.page_size, -(-hi // layout.page_size)
     tiles = pages[block_table_row[first:last].long()].unflatten(2, (-1, layout.tile_bytes))  # [pages, H, tiles, bytes]
     records = tiles[..., layout.addresses(pages.device).flatten()].unflatten(3, (TILE, layout.token_bytes))
-    records = records.permute(1, 0, 2, 3, 4).flatten(1, 3)[:, lo - first * layout.page_size : hi - first * layout.page_size]
+    records = records.permute(1, 0, 2, 3, 4).flatten(1, 3)[
+        :, lo - first * layout.page_size : hi - first * layout.page_size
+    ]
     return layout.decode(records)
 
 
@@ -86,8 +90,8 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one sequence's queries to tokens lo to hi, window by window.
 
-    The query t has position ``p = query_start + t`` and sees token j if ``lo <= j < hi``, ``j <= p - lag``, ``j > p - window``
-    and ``mask[t, j]``.
+    The query t has position ``p = query_start + t`` and sees token j if ``lo <= j < hi``, ``j <= p - lag``, ``j > p -
+    window`` and ``mask[t, j]``.
 
     Args:
         q: ``[H, G, Tq, d]`` float32, already scaled and in the basis that ``load`` returns K in.
@@ -245,16 +249,17 @@ def prefill_attention(
     """See :func:`kvfold.ops.prefill_attention`."""
     outs, lses = [], []
     bounds = cu_seqlens.tolist()
-    for b, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin == end:
             continue
         queries, length = q[None, begin:end], context_lens[b : b + 1]
         query_start = length if k is not None else length - (end - begin)
         part = None if mask is None else mask[b : b + 1, : end - begin]
-        options = {"scale": scale, "query_start": query_start, "window": window, "softcap": softcap, "mask": part}
-        out, lse = decode_attention(queries, pages, block_table[b : b + 1], length, layout, load=load, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"scale": scale, "query_start": query_start, "window": window, "softcap": softcap}
+        options["mask"] = part
+        out, lse = decode_attention(queries, pages, block_table[b : b + 1], length, layout, load=load, **options)
         if k is not None and v is not None:
-            chunk = exact_attention(queries, k[None, begin:end], v[None, begin:end], key_start=length, **options)  # type: ignore[arg-type]
+            chunk = exact_attention(queries, k[None, begin:end], v[None, begin:end], key_start=length, **options)
             out, lse = merge_states([(out, lse), chunk])
         outs.append(out[0])
         lses.append(lse[0])

@@ -1,8 +1,8 @@
 """Compressed caches for Hugging Face transformers.
 
-    from kvfold import KVCache
-    cache = KVCache.for_model(model, "k4v4")
-    model.generate(**inputs, past_key_values=cache)
+from kvfold import KVCache
+cache = KVCache.for_model(model, "k4v4")
+model.generate(**inputs, past_key_values=cache)
 """
 
 from kvfold.integrations.transformers.attention import NAME, register

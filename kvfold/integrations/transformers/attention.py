@@ -4,8 +4,8 @@ What a cache's ``update`` returns is the only channel from cache to attention, s
 :class:`PackedKV` in place of K and V and the attention function here takes it apart again. Plain tensors (layers that
 stay uncompressed, first chunks, models without a cache) go to PyTorch's own attention.
 
-A mask of None means: causal, aligned at the bottom right, nobody padded. The mask function says so exactly when it is true;
-everything else is an explicit bool mask.
+A mask of None means: causal, aligned at the bottom right, nobody padded. The mask function says so exactly when it is
+true; everything else is an explicit bool mask.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class PackedKV(NamedTuple):
 class LazyPackedKV(PackedKV):
     """A :class:`PackedKV` that turns into the tensor it stands for as soon as a model treats it as one.
 
-    MLA, repeated heads and other models that compute with K and V between cache and attention get the de-quantised tensor
-    and a right answer. The layer remembers, and hands out tensors at once from then on.
+    MLA, repeated heads and other models that compute with K and V between cache and attention get the de-quantised
+    tensor and a right answer. The layer remembers, and hands out tensors at once from then on.
     """
 
     __slots__ = ()
@@ -64,25 +64,26 @@ class LazyPackedKV(PackedKV):
         return self.layer.dequantised(self)[int(self.is_value)]
 
     @property
-    def _source(self) -> torch.Tensor:
+    def own(self) -> torch.Tensor:
+        """The new tokens' K or V."""
         return self.v if self.is_value else self.k
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._source.dtype
+        return self.own.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._source.device
+        return self.own.device
 
     @property
     def shape(self) -> torch.Size:
-        batch, heads, _, size = self._source.shape
+        batch, heads, _, size = self.own.shape
         return torch.Size((batch, heads, self.layer.visible_tokens(), size))
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Itself, if nothing changes (models with shared KV layers move K and V around), else the tensor."""
-        probe = self._source[:0].to(*args, **kwargs)
+        probe = self.own[:0].to(*args, **kwargs)
         if probe.dtype == self.dtype and probe.device == self.device:
             return self
         return self.tensor().to(*args, **kwargs)
@@ -92,7 +93,7 @@ class LazyPackedKV(PackedKV):
             raise AttributeError(name)
         return getattr(self.tensor(), name)
 
-    def __getitem__(self, index: Any) -> Any:  # type: ignore[override]
+    def __getitem__(self, index: Any) -> Any:
         return super().__getitem__(index) if isinstance(index, int) else self.tensor()[index]
 
     def __add__(self, other: Any) -> Any:
@@ -154,7 +155,9 @@ def attention_forward(
         UnsupportedModelError: Dropout or attention weights were asked for.
     """
     if dropout:
-        raise UnsupportedModelError("kvfold attention has no dropout: call model.eval(), or train with another attention")
+        raise UnsupportedModelError(
+            "kvfold attention has no dropout: call model.eval(), or train with another attention"
+        )
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError(
             "kvfold attention does not return attention weights: use model.set_attn_implementation('eager'), "
@@ -180,7 +183,7 @@ def attention_forward(
         position = torch.arange(tokens - queries, tokens, device=query.device)[:, None]
         attention_mask = (torch.arange(tokens, device=query.device) <= position)[None, None]
     if softcap is None and s_aux is None:
-        bias = {} if position_bias is None else {"position_bias": position_bias}
+        bias: dict[str, Any] = {} if position_bias is None else {"position_bias": position_bias}
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **bias, **kwargs)
     return _exact_attention(query, key, value, attention_mask, causal, scaling, softcap, s_aux), None
 
@@ -196,7 +199,7 @@ def _exact_attention(
     s_aux: torch.Tensor | None,
 ) -> torch.Tensor:
     """Softcap and sink logits on plain tensors, which PyTorch's own attention does not have."""
-    batch, heads, queries, size = query.shape
+    batch, _heads, queries, size = query.shape
     tokens = key.shape[2]
     zeros = torch.zeros(batch, dtype=torch.int64, device=query.device)
     visible = _as_bool(attention_mask)
@@ -239,7 +242,7 @@ def _packed_attention(
     exact_chunk = kv.chunk == "exact" and n > 1
     if kv.sinks is None and kv.tail is None:
         return _without_exact_tokens(q, kv, scale, softcap, seen, exact_chunk)
-    options = {"scale": scale, "softcap": softcap, "mask": seen, "query_start": kv.start}
+    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "mask": seen, "query_start": kv.start}
     end = kv.start + n
     num_sinks = 0 if kv.sinks is None else kv.sinks[0].shape[1]
     after_sinks = torch.full_like(kv.start, num_sinks)
@@ -337,7 +340,7 @@ def attention_mask(
         batch_size,
         q_length,
         kv_length,
-        q_offset,
+        q_offset,  # type: ignore[arg-type]  # a tensor for caches of fixed size, as upstream passes it
         kv_offset,
         mask_function,
         attention_mask,

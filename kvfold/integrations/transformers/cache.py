@@ -51,11 +51,12 @@ class KVCache(Cache):
 
     Layers that see every token are compressed; sliding-window, linear-attention and shared layers stay what they are in
     ``DynamicCache`` and are named in ``repr``. Beams, left padding, cropping, repeats, selection, chunked prefill and
-    assisted decoding work as with ``DynamicCache``; with ``max_length`` the buffers are fixed and decoding compiles with
-    ``fullgraph=True``.
+    assisted decoding work as with ``DynamicCache``; with ``max_length`` the buffers are fixed and decoding compiles
+    with ``fullgraph=True``.
 
-    Attention runs on the packed bytes when the model runs the attention that :func:`attach` sets (:meth:`for_model` does it).
-    With any other attention, and in models that compute with K and V on the way, the layer hands out de-quantised
+    Attention runs on the packed bytes when the model runs the attention that :func:`attach` sets (:meth:`for_model`
+    does it). With any other attention, and in models that compute with K and V on the way, the layer hands out
+    de-quantised
     tensors: right, but slow.
 
     Args:
@@ -63,9 +64,9 @@ class KVCache(Cache):
         format: What to store: any spelling that :meth:`KVFormat.parse` knows.
         max_length: Fixed number of tokens, or None to grow.
         page_size: Tokens of a page: 16, 32 or 64.
-        chunk: What the queries of a chunk of several tokens see of their own chunk: ``exact`` K and V, or ``packed`` bytes.
-            A single decoded token always reads packed bytes. ``packed`` makes the output independent of how a prompt is
-            cut into chunks.
+        chunk: What the queries of a chunk of several tokens see of their own chunk: ``exact`` K and V, or ``packed``
+            bytes. A single decoded token always reads packed bytes. ``packed`` makes the output independent of how a
+            prompt is cut into chunks.
         skip_layers: Indices of layers to leave uncompressed.
 
     Raises:
@@ -96,6 +97,7 @@ class KVCache(Cache):
         text = config.get_text_config(decoder=True)
         _check_head_size(text, self.format, page_size)
         usual: Cache
+        plain: type
         if max_length is None:
             usual, plain = DynamicCache(config=config), DynamicLayer
         elif max_length >= 1:
@@ -119,7 +121,8 @@ class KVCache(Cache):
         self.page_size, self.chunk = page_size, chunk
         if not self.compressed_layers:
             raise UnsupportedModelError(
-                f"{type(config).__name__} has no layer that can be compressed: {self._uncompressed_kinds()}; use DynamicCache"
+                f"{type(config).__name__} has no layer that can be compressed: {self._uncompressed_kinds()}; "
+                f"use DynamicCache"
             )
 
     @classmethod
@@ -163,10 +166,13 @@ class KVCache(Cache):
         Raises:
             UnsupportedModelError: A layer of transformers' own cannot (sliding windows of fixed size).
         """
-        stuck = [f"{index}: {type(layer).__name__}" for index, layer in enumerate(self.layers) if not hasattr(layer, "crop")]
+        stuck = [
+            f"{index}: {type(layer).__name__}" for index, layer in enumerate(self.layers) if not hasattr(layer, "crop")
+        ]
         if stuck:
             raise UnsupportedModelError(
-                f"layers {', '.join(stuck)} cannot be cropped in transformers, so assisted decoding needs a growing cache: "
+                f"layers {', '.join(stuck)} cannot be cropped in transformers, so assisted decoding needs a "
+                f"growing cache: "
                 "leave max_length out"
             )
         super().crop(tokens_to_remove)
@@ -177,13 +183,11 @@ class KVCache(Cache):
 
     def __repr__(self) -> str:
         packed = self.compressed_layers
-        text = f"{type(self).__name__}({self.format}, chunk={self.chunk}, compressed {len(packed)} of {len(self.layers)} layers"
-        if len(packed) < len(self.layers):
-            names = [
-                f"{index}: {type(layer).__name__}" for index, layer in enumerate(self.layers) if index not in packed
-            ]
-            text += f"; uncompressed: {', '.join(names)}"
-        return text + ")"
+        what = f"compressed {len(packed)} of {len(self.layers)} layers"
+        kept = [f"{index}: {type(layer).__name__}" for index, layer in enumerate(self.layers) if index not in packed]
+        if kept:
+            what += f"; uncompressed: {', '.join(kept)}"
+        return f"{type(self).__name__}({self.format}, chunk={self.chunk}, {what})"
 
 
 def _live_bytes(layer: Any) -> int:
@@ -245,4 +249,9 @@ def _set_attention(model: PreTrainedModel, implementation: str) -> None:
         model.set_attn_implementation(implementation)
     else:
         keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
-        model.set_attn_implementation({key: implementation for key in keys})
+        model.set_attn_implementation(dict.fromkeys(keys, implementation))
+
+
+
+
+

@@ -1,7 +1,7 @@
 """One compressed layer of a transformers cache, growing or of fixed size.
 
-A layer owns pages for a batch of rows of equal length: row b has the pages ``b * P`` to ``(b + 1) * P``, so its block table
-is the identity and beams, repeats and selections are copies of packed bytes, bit for bit.
+A layer owns pages for a batch of rows of equal length: row b has the pages ``b * P`` to ``(b + 1) * P``, so its block
+table is the identity and beams, repeats and selections are copies of packed bytes, bit for bit.
 
 Exact sinks and tail are copies beside the pages. The pages hold every token, so cropping only shortens; after it
 the tail has fewer exact tokens than it could, until new ones fill it again.
@@ -34,7 +34,8 @@ class PackedLayer(CacheLayerMixin):
         config: The decoder's config, asked at every update which attention the model runs.
         fmt: What to store.
         page_size: Tokens of a page.
-        chunk: ``exact``: queries of a chunk see their own chunk's K and V unquantised; ``packed``: they read page bytes.
+        chunk: ``exact``: queries of a chunk see their own chunk's K and V unquantised; ``packed``: they read page
+        bytes.
     """
 
     is_sliding = False
@@ -46,7 +47,6 @@ class PackedLayer(CacheLayerMixin):
         self.config, self.format, self.page_size, self.chunk = config, fmt, page_size, chunk
         # Models that compute with K and V between cache and attention: MLA for certain, others show it by doing so.
         self.needs_tensors = getattr(config, "kv_lora_rank", None) is not None
-        self.pages: torch.Tensor | None = None
         self._forget()
 
     def __repr__(self) -> str:
@@ -65,7 +65,8 @@ class PackedLayer(CacheLayerMixin):
         """Be empty, and own no buffer."""
         self.is_initialized = False
         self.is_empty = True
-        self.pages = self.block_table = None
+        self.pages: torch.Tensor | None = None
+        self.block_table: torch.Tensor | None = None
         self.sinks: tuple[torch.Tensor, torch.Tensor] | None = None
         self.ring: tuple[torch.Tensor, torch.Tensor] | None = None
         self.length: Any = 0
@@ -77,15 +78,15 @@ class PackedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.batch_size, self.num_heads = key_states.shape[:2]
         self.layout = PageLayout.of(self.format, key_states.shape[-1], value_states.shape[-1], self.page_size)
-        self.name = library.LayoutName(
-            str(self.format), self.layout.head_size, self.layout.head_size_v, self.page_size
-        )
+        self.name = library.LayoutName(str(self.format), self.layout.head_size, self.layout.head_size_v, self.page_size)
 
         def exact(tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
             if not tokens:
                 return None
             shape = (self.batch_size, tokens, self.num_heads)
-            return key_states.new_zeros(*shape, key_states.shape[-1]), value_states.new_zeros(*shape, value_states.shape[-1])
+            return key_states.new_zeros(*shape, key_states.shape[-1]), value_states.new_zeros(
+                *shape, value_states.shape[-1]
+            )
 
         self.sinks, self.ring = exact(self.format.sinks), exact(self.format.tail)
         self._allocate(self._initial_capacity(key_states.shape[2]))
@@ -98,7 +99,9 @@ class PackedLayer(CacheLayerMixin):
         """Have room for ``tokens`` tokens of every row, and keep what is stored."""
         pages_of_row = -(-max(tokens, 1) // self.page_size)
         fresh = torch.zeros(
-            (self.batch_size, *self.layout.page_shape(pages_of_row, self.num_heads)), dtype=torch.uint8, device=self.device
+            (self.batch_size, *self.layout.page_shape(pages_of_row, self.num_heads)),
+            dtype=torch.uint8,
+            device=self.device,
         )
         if self.pages is not None:
             fresh[:, : self.pages.shape[1]] = self.pages
@@ -123,7 +126,9 @@ class PackedLayer(CacheLayerMixin):
 
     # --- update -------------------------------------------------------------------------------------------------------
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Store new K and V ``[B, H, n, d]``; return what attention needs: tensors or :class:`PackedKV`.
 
         Raises:
@@ -162,7 +167,8 @@ class PackedLayer(CacheLayerMixin):
         if k.dim() != 4 or k.shape[:3] != v.shape[:3] or got != expected:
             raise ShapeError(
                 f"this layer holds K [{self.batch_size}, {self.num_heads}, n, {self.layout.head_size}] and V [..., "
-                f"{self.layout.head_size_v}] on {self.device}, and was given {list(k.shape)} and {list(v.shape)} on {k.device}: "
+                f"{self.layout.head_size_v}] on {self.device}, and was given {list(k.shape)} and "
+                f"{list(v.shape)} on {k.device}: "
                 "use a fresh cache, or reset() this one"
             )
 
@@ -185,7 +191,11 @@ class PackedLayer(CacheLayerMixin):
         row = torch.arange(self.batch_size, device=self.device)[:, None] * self.capacity
         k_tokens, v_tokens = k.transpose(1, 2), v.transpose(1, 2)  # [B, n, H, d]
         library.store_kv(
-            k_tokens.flatten(0, 1), v_tokens.flatten(0, 1), self.pages.flatten(0, 1), (row + position).flatten(), self.name
+            k_tokens.flatten(0, 1),
+            v_tokens.flatten(0, 1),
+            self.pages.flatten(0, 1),
+            (row + position).flatten(),
+            self.name,
         )
         if self.sinks is not None:
             source = torch.arange(self.format.sinks, device=self.device) - self.length
@@ -225,7 +235,7 @@ class PackedLayer(CacheLayerMixin):
                 x[:, :count] = torch.where(known, kv.sinks[index][:, :count], x[:, :count])
             if kv.tail is not None:
                 x = _overlay(x, kv.tail[index], position, start - self.format.tail, torch.clamp(exact_from, min=0))
-            if kv.chunk == "exact" and n > 1 or kv.tail is not None:
+            if (kv.chunk == "exact" and n > 1) or kv.tail is not None:
                 x = _overlay(x, fresh.transpose(1, 2), position, start, start)
             results.append(x.transpose(1, 2))
         return results[0], results[1]
@@ -319,7 +329,8 @@ class StaticPackedLayer(PackedLayer):
     def _make_room(self, n: int) -> None:
         if not torch.compiler.is_compiling() and self.device.type == "cpu" and int(self.length) + n > self.max_length:
             raise CapacityError(
-                f"this cache holds {self.max_length} tokens and would need {int(self.length) + n}: make it with a larger max_length"
+                f"this cache holds {self.max_length} tokens and would need {int(self.length) + n}: make it with "
+                f"a larger max_length"
             )
 
     def _advance(self, n: int) -> None:
@@ -369,14 +380,21 @@ class StaticPackedLayer(PackedLayer):
 def _overlay(
     x: torch.Tensor, exact: torch.Tensor, position: torch.Tensor, start: torch.Tensor, first: torch.Tensor
 ) -> torch.Tensor:
-    """Put exact ``[B, E, H, d]`` of positions start to start + E over x ``[B, L, H, d]``, from position ``first`` on."""
+    """Put exact ``[B, E, H, d]`` of positions start to start + E over x ``[B, L, H, d]``, from position ``first``
+    on."""
     source = position - start
     covered = (source >= 0) & (source < exact.shape[1]) & (position >= first)
     return torch.where(covered[:, None, None], exact.index_select(1, source.clamp(0, exact.shape[1] - 1)), x)
 
 
 def _check_states(k: torch.Tensor, v: torch.Tensor) -> None:
-    if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or not k.dtype.is_floating_point or k.dtype != v.dtype:
+    if (
+        k.dim() != 4
+        or v.dim() != 4
+        or k.shape[:3] != v.shape[:3]
+        or not k.dtype.is_floating_point
+        or k.dtype != v.dtype
+    ):
         raise ShapeError(
             f"K and V are floating tensors [batch, KV heads, tokens, head size], not {k.dtype} {list(k.shape)} and "
             f"{v.dtype} {list(v.shape)}"

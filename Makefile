@@ -1,0 +1,50 @@
+# `make help` lists the targets. The first of them makes .venv; nothing outside this folder and pip's cache is changed,
+# except that `make run` keeps the demonstration's model in ~/.cache/kvfold.
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One thread a worker: workers whose OpenMP threads outnumber the cores wait for each other most of the time.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: help run test test-all lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
+	  || sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1: \2/p' $(MAKEFILE_LIST)
+	@echo "PYTHON=$(PYTHON) makes .venv, JOBS=$(JOBS) test workers run at once"
+
+run: $(READY)  ## answer one prompt on the ordinary and on a compressed cache
+	@$(BIN)/kvfold compare
+
+test: $(READY)  ## the quick tests
+	@$(PYTEST) -m "not slow and not gpu"
+
+test-all: $(READY)  ## all tests that need no GPU
+	@$(PYTEST) -m "not gpu"
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(READY)  ## the figures of `make run` as JSON
+	@$(BIN)/kvfold compare --json
+
+clean:  ## remove .venv and every cache in this folder
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The pinned torch first, which is the small CPU build where one is at hand; any other will do.
+$(READY): pyproject.toml
+	@echo "== $(VENV): $$($(PYTHON) --version)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
+	  echo "== installing torch, which takes the longest"; \
+	  $(PIP) install --quiet torch==2.13.0 2>/dev/null || $(PIP) install --quiet torch; }
+	@echo "== installing kvfold and what its demonstration and tests need"
+	@$(PIP) install --quiet -e '.[dev]'
+	@touch $@
