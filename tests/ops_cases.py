@@ -156,24 +156,63 @@ def dense(
 State = tuple[torch.Tensor, torch.Tensor]
 
 
-def assert_close(got: State, truth: State, plain: State) -> None:
-    """``got`` is at most four times as far from the float64 truth as the same attention in plain float32 is.
+@dataclass(frozen=True)
+class Expected:
+    """The truth in float64, the same in plain float32, and how large a score may get, ``[Hq, Tq]``: |q| |k| scale."""
 
-    Root-mean-square over all outputs, which is stable where a maximum is a lottery. Two rotations round besides, so that
-    a few roundings of the output are allowed where plain float32 makes no error at all (a single visible token), and
-    of one in the log-sum-exp, whose logarithm may be of a sum near one.
-    """
-    for mine, true, other, unit in zip(got, truth, plain, (0.0, 1.0), strict=True):
-        assert mine.shape == true.shape
-        finite = true.isfinite()
-        assert torch.equal(mine.double()[~finite], true[~finite]), "a query that sees nothing"
-        mine, true, other = (x[finite].double() for x in (mine, true, other))
-        allowed = 4 * (other - true).norm() + 6 * EPS * (true.norm() + unit * len(true) ** 0.5)
-        assert (mine - true).norm() <= allowed, f"error {(mine - true).norm():.3g}, allowed {allowed:.3g}"
+    truth: State
+    plain: State
+    condition: torch.Tensor
+
+    @staticmethod
+    def stack(parts: Sequence[Expected], varlen: bool = False) -> Expected:
+        """Of a batch, or with ``varlen`` of chunks one after the other."""
+        if varlen:
+            truth, plain = (
+                (torch.cat([out for out, _ in states]), torch.cat([lse for _, lse in states], dim=1))
+                for states in ([part.truth for part in parts], [part.plain for part in parts])
+            )
+            return Expected(truth, plain, torch.cat([part.condition for part in parts], dim=1))
+        truth, plain = (
+            (torch.stack([out for out, _ in states]), torch.stack([lse for _, lse in states]))
+            for states in ([part.truth for part in parts], [part.plain for part in parts])
+        )
+        return Expected(truth, plain, torch.stack([part.condition for part in parts]))
 
 
 def expected(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None = None
-) -> tuple[State, State]:
-    """The truth in float64, and the same in plain float32."""
-    return dense(q, k, v, visible, scale, softcap), dense(q, k.float(), v.float(), visible, scale, softcap)
+) -> Expected:
+    """What attention of float32 q ``[Tq, Hq, dk]`` to K and V in float64 gives."""
+    group = q.shape[1] // k.shape[1]
+    sizes = k.norm(dim=2).repeat_interleave(group, dim=1)  # [n, Hq]
+    largest = torch.where(visible[..., None], sizes, 0.0).amax(dim=1) if len(k) else q.new_zeros(q.shape[:2]).double()
+    return Expected(
+        dense(q, k, v, visible, scale, softcap),
+        dense(q, k.float(), v.float(), visible, scale, softcap),
+        (q.double().norm(dim=2) * largest * scale).T,
+    )
+
+
+def assert_close(got: State, want: Expected) -> None:
+    """``got`` is at most four times as far from the float64 truth as the same attention in plain float32 is.
+
+    As root mean square over all outputs, which is stable where a maximum is a lottery. Plain float32 may be lucky, and does
+    not rotate: a few roundings of the output are allowed besides, and two of the largest score that a query may have.
+    """
+    (out, lse), (true_out, true_lse), (plain_out, plain_lse) = got, want.truth, want.plain
+    assert out.shape == true_out.shape
+    assert lse.shape == true_lse.shape
+    nothing = true_lse == -torch.inf
+    assert torch.equal(lse == -torch.inf, nothing), "who sees nothing"
+    rounding = EPS * (6 + 2 * want.condition)
+    size = true_out * rounding.transpose(-1, -2).unsqueeze(-1)
+    _compare(out.double() - true_out, plain_out.double() - true_out, size, "out")
+    seen = ~nothing
+    size = rounding + 6 * EPS * true_lse.abs()
+    _compare((lse.double() - true_lse)[seen], (plain_lse.double() - true_lse)[seen], size[seen], "log-sum-exp")
+
+
+def _compare(error: torch.Tensor, plain: torch.Tensor, rounding: torch.Tensor, name: str) -> None:
+    allowed = 4 * plain.norm() + rounding.norm()
+    assert error.norm() <= allowed, f"error of {name} {error.norm():.3g}, allowed {allowed:.3g}"

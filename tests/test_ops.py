@@ -13,6 +13,7 @@ from ops_cases import (
     EPS,
     FORMATS,
     Cache,
+    Expected,
     assert_close,
     decode_records,
     dense,
@@ -43,40 +44,21 @@ def layout_id(value: Any) -> str:
 # --- store ------------------------------------------------------------------------------------------------------------
 
 
-def scales(records: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """The bits of the scales of records ``[..., token_bytes]``."""
-    sides = (layout.format.k, layout.format.v)
-    return records[..., records.shape[-1] - 2 * sum(side.scaled for side in sides) :].contiguous().view(torch.int16).int()
-
-
-def fit(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Sine between vectors and their reconstructions: the error, whatever the scale."""
-    y = y / y.norm(dim=-1, keepdim=True)
-    return (x - (x * y).sum(-1, keepdim=True) * y).norm(dim=-1) / x.norm(dim=-1)
-
-
 def assert_same_bytes(
     got: torch.Tensor, want: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PageLayout
 ) -> None:
-    """Records agree but for ties: a coordinate within rounding of a threshold, a scale half-way between two bfloat16.
+    """Records agree but for ties, where float32 rounding decides: at most 1e-4 of the bytes, or parts of one vector.
 
-    At most 1e-4 of the bytes may differ (and one vector's, where there are few), and a vector that differs is as good:
-    the same angle to the original within 1e-4, and a scale at most one step of bfloat16 away unless the prescale search
-    itself tied, in which case the error is the same within 1e-4.
+    A tie is a coordinate at a threshold, a scale half-way between two bfloat16, or two prescales that are equally good. It
+    costs nothing: the vector's error is the same within 2 % (half a step of bfloat16, on either side of the scale).
     """
     differ = got != want
-    assert int(differ.sum()) <= 1e-4 * got.numel() + layout.token_bytes / 2
+    assert int(differ.sum()) <= max(1e-4 * got.numel(), layout.token_bytes / 2)
     tokens = differ.any(-1)
-    if not tokens.any():
-        return
-    near = ((scales(got, layout) - scales(want, layout)).abs() <= 1)[tokens].all(-1)
-    for original, mine, other in zip(
-        (k, v), decode_records(got[tokens], layout), decode_records(want[tokens], layout), strict=True
-    ):
-        x = original[tokens].double()
-        torch.testing.assert_close(fit(x, mine), fit(x, other), rtol=1e-4, atol=1e-6)
-        mine_error, other_error = (x - mine).norm(dim=-1), (x - other).norm(dim=-1)
-        assert (near | ((mine_error - other_error).abs() <= 1e-4 * other_error)).all()
+    originals = (k[tokens].double(), v[tokens].double())
+    mine, other = decode_records(got[tokens], layout), decode_records(want[tokens], layout)
+    for original, x, y in zip(originals, mine, other, strict=True):
+        torch.testing.assert_close((x - original).norm(dim=-1), (y - original).norm(dim=-1), rtol=0.02, atol=0)
 
 
 def stored(name: str, k: torch.Tensor, v: torch.Tensor, cache: Cache, slots: torch.Tensor) -> torch.Tensor:
@@ -92,8 +74,8 @@ def stored(name: str, k: torch.Tensor, v: torch.Tensor, cache: Cache, slots: tor
 def test_the_cpu_stores_the_reference_bytes(spec: str, sizes: tuple[int, int]) -> None:
     for index, page_size in enumerate(PAGE_SIZES):
         layout = PageLayout.of(spec, *sizes, page_size)
-        cache = empty_cache(layout, [80], seed=index)
-        k, v = (noise(80, 2, size, seed=index, dtype=DTYPES[index]) for size in sizes)
+        cache = empty_cache(layout, [70], seed=index)
+        k, v = (noise(70, 2, size, seed=index, dtype=DTYPES[index]) for size in sizes)
         slots = cache.slots(0)
         want = Cache(layout, stored("reference", k, v, cache, slots), cache.table, cache.lengths)
         got = Cache(layout, stored("cpu", k, v, cache, slots), cache.table, cache.lengths)
@@ -202,17 +184,14 @@ def check_decode(
     )
     assert out.dtype == q.dtype
     assert lse.dtype == torch.float32
-    truths, plains = [], []
+    wanted = []
     for b, length in enumerate(cache.lengths.tolist()):
         seen = {
             name: value if value is None or name in ("lag", "window") else value[b] if name == "mask" else int(value[b])
             for name, value in options.items()
         }
-        truth, plain = expected(q[b], *cache.vectors(b), sees(q.shape[1], length, **seen), scale, softcap)
-        truths.append(truth)
-        plains.append(plain)
-    stack = [tuple(map(torch.stack, zip(*states, strict=True))) for states in (truths, plains)]
-    assert_close((out, lse), stack[0], stack[1])  # type: ignore[arg-type]
+        wanted.append(expected(q[b], *cache.vectors(b), sees(q.shape[1], length, **seen), scale, softcap))
+    assert_close((out, lse), Expected.stack(wanted))
 
 
 @pytest.mark.parametrize("num_queries", [1, 2, 5, 8])
@@ -364,9 +343,8 @@ def test_merged_parts_equal_the_whole(at: int, backend: str) -> None:
     tail = ops.decode_attention(
         q, cache.pages, cache.table, cache.lengths, cache.layout, first=torch.tensor([at]), **options
     )
-    truth, plain = expected(q[0], *cache.vectors(0), sees(4, 100), 0.125)
     out, lse = ops.merge_states([head, tail])
-    assert_close((out[0], lse[0]), truth, plain)
+    assert_close((out[0], lse[0]), expected(q[0], *cache.vectors(0), sees(4, 100), 0.125))
 
 
 def test_merging_a_part_that_saw_nothing_changes_nothing() -> None:
@@ -465,7 +443,7 @@ def test_prefill(chunk: str, spec: str, option: dict[str, Any], backend: str) ->
     got = ops.prefill_attention(
         q, cache.pages, cache.table, context.int(), bounds.int(), layout, scale=0.125, **own, **option
     )
-    truths, plains = [], []
+    wanted = []
     for b, (begin, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
         keys, values = cache.vectors(b)
         if chunk == "exact":
@@ -473,11 +451,8 @@ def test_prefill(chunk: str, spec: str, option: dict[str, Any], backend: str) ->
             values = torch.cat([values[: CONTEXTS[b]], v[begin:end].double()])
         mask = option["mask"][b, : end - begin] if "mask" in option else None
         visible = sees(end - begin, len(keys), window=option.get("window"), mask=mask)
-        truth, plain = expected(q[begin:end], keys, values, visible, 0.125, option.get("softcap"))
-        truths.append(truth)
-        plains.append(plain)
-    states = [(torch.cat([o for o, _ in s]), torch.cat([lse for _, lse in s], dim=1)) for s in (truths, plains)]
-    assert_close(got, states[0], states[1])
+        wanted.append(expected(q[begin:end], keys, values, visible, 0.125, option.get("softcap")))
+    assert_close(got, Expected.stack(wanted, varlen=True))
 
 
 def test_a_packed_prefill_equals_decoding_token_by_token(backend: str) -> None:
@@ -487,14 +462,13 @@ def test_a_packed_prefill_equals_decoding_token_by_token(backend: str) -> None:
     out, lse = ops.prefill_attention(
         q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 50]), layout, scale=0.125
     )
-    truth, plain = expected(q, *cache.vectors(0), sees(50, 50), 0.125)
     steps = [
         ops.decode_attention(q[None, t : t + 1], cache.pages, cache.table, torch.tensor([t + 1]), layout, scale=0.125)
         for t in range(50)
     ]
-    assert_close((torch.cat([o[0] for o, _ in steps]), torch.cat([each[0] for _, each in steps], dim=1)), truth, plain)
-    torch.testing.assert_close(out, torch.cat([o[0] for o, _ in steps]), rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(lse, torch.cat([each[0] for _, each in steps], dim=1), rtol=1e-5, atol=2e-6)
+    want = expected(q, *cache.vectors(0), sees(50, 50), 0.125)
+    assert_close((out, lse), want)
+    assert_close((torch.cat([o[0] for o, _ in steps]), torch.cat([each[0] for _, each in steps], dim=1)), want)
 
 
 @pytest.mark.parametrize("cuts", [(0, 300), (0, 16, 32, 300), (0, 1, 2, 3, 150, 299, 300), (0, 257, 300)], ids=layout_id)
@@ -509,8 +483,8 @@ def test_where_a_packed_prompt_is_cut_does_not_matter(cuts: tuple[int, ...], bac
         )
         for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
     ]  # fmt: skip
-    truth, plain = expected(q, *cache.vectors(0), sees(300, 300, window=120), 0.2)
-    assert_close((torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)), truth, plain)
+    want = expected(q, *cache.vectors(0), sees(300, 300, window=120), 0.2)
+    assert_close((torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)), want)
 
 
 @pytest.mark.parametrize("option", [{}, {"window": 6}, {"softcap": 2.0}, {"first": torch.tensor([4, 13])}], ids=["plain", "window", "softcap", "first"])
@@ -524,8 +498,7 @@ def test_exact_attention(option: dict[str, Any], backend: str) -> None:
         seen = {name: int(value[b]) - shift if name == "first" else value for name, value in option.items()}
         softcap = seen.pop("softcap", None)
         visible = sees(7, 10, query_start=int(query_start[b]) - shift, **seen)
-        truth, plain = expected(q[b], k[b].double(), v[b].double(), visible, 0.2, softcap)
-        assert_close((out[b], lse[b]), truth, plain)
+        assert_close((out[b], lse[b]), expected(q[b], k[b].double(), v[b].double(), visible, 0.2, softcap))
 
 
 # --- scores that are hard on a softmax ----------------------------------------------------------------------------------
