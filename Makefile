@@ -38,13 +38,14 @@ clean:  ## remove .venv and every cache in this folder
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The pinned torch first, which is the small CPU build where one is at hand; any other will do.
+# -qq: pip's warnings are about the machine it runs on, and errors still show. The pinned torch first, which
+# is the small CPU build where one is at hand; any other will do.
 $(READY): pyproject.toml
 	@echo "== $(VENV): $$($(PYTHON) --version)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { \
 	  echo "== installing torch, which takes the longest"; \
-	  $(PIP) install --quiet torch==2.13.0 2>/dev/null || $(PIP) install --quiet torch; }
+	  $(PIP) install -qq torch==2.13.0 2>/dev/null || $(PIP) install -qq torch; }
 	@echo "== installing kvfold and what its demonstration and tests need"
-	@$(PIP) install --quiet -e '.[dev]'
+	@$(PIP) install -qq -e '.[dev]'
 	@touch $@

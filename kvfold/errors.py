@@ -27,3 +27,7 @@ class FileFormatError(KVFoldError, ValueError):
 
 class UnsupportedModelError(KVFoldError, ValueError):
     """A model cannot run on a compressed cache, with the reason and the way out."""
+
+
+class PlanError(KVFoldError, ValueError):
+    """A model's config, a size of memory or a number of tokens that cannot be planned with."""

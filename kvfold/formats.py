@@ -9,21 +9,17 @@ A format has a side for K and a side for V. Its text form is the grammar
              | [k|v] pre<odd number>                  candidates of the prescale search, default 3 (1 with plain)
              | mean | sinks<n> | tail<n>              key reference per page; exact first and last tokens
 
-so ``k4v4``, ``k8v3+sinks4+tail128`` and ``kf8v4+vplain`` are formats. Other people's spellings are aliases of the
-same values (:data:`ALIASES`, :data:`PRESETS`). A width that is well spelled but whose family is not built yet parses,
-and is refused with :class:`~kvfold.errors.NotBuiltError` when somebody wants to store with it.
+so ``k4v4``, ``k8v3+sinks4+tail128`` and ``kf8v4+vplain`` are formats; :mod:`kvfold.spelling` reads and writes them.
+Other people's spellings are aliases of the same values. A width that is well spelled but whose family is not built yet
+parses, and is refused with :class:`~kvfold.errors.NotBuiltError` when somebody wants to store with it.
 
 Pure Python, no torch: planners, engines and the command line import this module alone.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 from kvfold.errors import FormatError, NotBuiltError
 
@@ -35,19 +31,21 @@ PAGE_SIZES = (16, 32, 64)
 SCALE_RULES = ("unbiased", "plain", "nc", "mse")
 MAX_PRESCALES = 13
 MAX_HEAD_SIZE = 1024
+MIN_ROTATED_HEAD = 8
+"""Fewer coordinates than this have no law worth a codebook."""
 SCALE_BYTES = 2  # bfloat16: any float32 K or V has a scale in range, and codes adapt to the rounded scale
 
 # A code of b bits is cut into planes of 4, 2 and 1 bits (8 stays whole), lowest bits first, so that a plane's codes
 # never straddle a byte and one byte of codes belongs to one token.
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
-_EXACT_BITS = {"bf16": 16, "f16": 16, "f32": 32}
-_SUFFIX_FAMILY = {"": "lloyd", "t": "trellis", "q": "qjl", "a": "affine"}
-_FAMILY_SUFFIX = {family: suffix for suffix, family in _SUFFIX_FAMILY.items()}
+EXACT_BITS = {"bf16": 16, "f16": 16, "f32": 32}
+_FAMILY_SUFFIX = {"lloyd": "", "trellis": "t", "qjl": "q", "affine": "a", "outlier": ""}
+_FAMILIES = (*_FAMILY_SUFFIX, "fp8", "fp8cast", "exact")
 _NOT_BUILT = {
     "trellis": "trellis-coded quantisation",
     "qjl": "the MSE + QJL estimator",
-    "affine": "affine groups",
-    "outlier": "fractional widths",
+    "affine": "affine quantisation",
+    "outlier": "quantisation at fractional widths",
 }
 
 
@@ -71,6 +69,20 @@ class Side:
     scale: str = "none"
     prescales: int = 1
     group: int = 0
+
+    def __post_init__(self) -> None:
+        if self.family not in _FAMILIES:
+            raise FormatError(f"family {self.family!r} is not one of {', '.join(_FAMILIES)}")
+        if self.family in ("lloyd", "trellis") and self.bits not in range(1, 9):
+            raise FormatError(f"{self.family} codes have 1 to 8 bits, not {self.bits!r}")
+        if self.family == "exact" and EXACT_BITS.get(self.dtype) != self.bits:
+            raise FormatError(f"exact sides are {', '.join(EXACT_BITS)}, not {self.dtype!r} of {self.bits!r} bits")
+        if self.family == "lloyd" and self.scale not in SCALE_RULES:
+            raise FormatError(f"a Lloyd–Max side stores a scale by one of {', '.join(SCALE_RULES)}, not {self.scale!r}")
+        if self.prescales % 2 == 0 or not 1 <= self.prescales <= MAX_PRESCALES:
+            raise FormatError(
+                f"pre{self.prescales}: the prescale search takes an odd number of candidates from 1 to {MAX_PRESCALES}"
+            )
 
     @property
     def rotated(self) -> bool:
@@ -137,6 +149,11 @@ class KVFormat:
     sinks: int = 0
     tail: int = 0
 
+    def __post_init__(self) -> None:
+        for name, count in (("sinks", self.sinks), ("tail", self.tail)):
+            if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+                raise FormatError(f"{name} is a number of tokens from 0, not {count!r}")
+
     @staticmethod
     def parse(spec: str | float | Mapping[str, object] | KVFormat) -> KVFormat:
         """Understand a format however it is written: a name, a number of bits, a JSON object or a format.
@@ -144,11 +161,14 @@ class KVFormat:
         Raises:
             FormatError: The spelling is unknown; the message proposes the nearest known ones.
         """
-        return _parse(spec)
+        from kvfold.spelling import parse  # it builds formats, so it imports this module
+
+        return parse(spec)
 
     def __str__(self) -> str:
-        preset = _preset_name(self)
-        return preset if preset is not None else _spell(self)
+        from kvfold.spelling import spell
+
+        return spell(self)
 
     def require_built(self) -> KVFormat:
         """Return self, or raise :class:`NotBuiltError` if something in the format is not built yet."""
@@ -195,249 +215,22 @@ def check_head_size(head_size: int) -> int:
     return head_size
 
 
+def check_heads(fmt: KVFormat, head_size: int, head_size_v: int) -> None:
+    """Refuse what cannot be stored.
+
+    Raises:
+        NotBuiltError: Something in the format is not built yet.
+        FormatError: A head size is out of range, or too small for a side that rotates.
+    """
+    fmt.require_built()
+    for side, size in ((fmt.k, head_size), (fmt.v, head_size_v)):
+        if side.rotated and check_head_size(size) < MIN_ROTATED_HEAD:
+            raise FormatError(
+                f"head size {size} is too small for {fmt}: rotated codes need {MIN_ROTATED_HEAD} or more coordinates; "
+                "use bf16, f16, f32 or f8 for such a model"
+            )
+
+
 def built_help() -> str:
     """One line that names what can be stored today, for error messages and help texts."""
     return "k<b>v<b> with b from 1 to 8, f8, f8cast, bf16, f16 or f32 (k4v4, k8v4, kf8v3), +sinks<n>, +tail<n>"
-
-
-# --- spelling ---------------------------------------------------------------------------------------------------------
-
-_SIDE = r"[1-8](?:\.5)?[tqa]?|f8cast|f8|bf16|f16|f32"
-_FORMAT = re.compile(rf"k({_SIDE})v({_SIDE})")
-_RULE_OPTION = re.compile(r"(k|v)?(unbiased|plain|nc|mse)")
-_PRE_OPTION = re.compile(r"(k|v)?pre(\d+)")
-_COUNT_OPTION = re.compile(r"(sinks|tail)(\d+)")
-
-
-def _side(text: str) -> Side:
-    if text in _EXACT_BITS:
-        return Side("exact", _EXACT_BITS[text], dtype=text)
-    if text in ("f8", "f8cast"):
-        return Side("fp8" + text[2:], 8)
-    suffix = text[-1] if text[-1] in "tqa" else ""
-    bits = float(text.removesuffix(suffix))
-    family = _SUFFIX_FAMILY[suffix]
-    if bits != int(bits):
-        if bits not in (2.5, 3.5) or suffix:
-            raise FormatError(f"width {text!r} does not exist: the fractional widths are 2.5 and 3.5, without a suffix")
-        family = "outlier"
-    if family == "trellis" and bits not in (2, 3, 4):
-        raise FormatError(f"width {text!r} does not exist: trellis widths are 2t, 3t and 4t")
-    if family in ("trellis", "lloyd", "outlier", "qjl"):
-        return Side(family, bits, scale="unbiased", prescales=3)
-    return Side(family, bits, group=32)
-
-
-def _exotic(family: str, bits: float, group: int = 0, scale: str = "none") -> Side:
-    return Side(family, bits, group=group, scale=scale)
-
-
-def _presets() -> dict[str, KVFormat]:
-    """Formats of other systems whose sides our own grammar cannot spell (facts: docs/formats.md)."""
-    presets = {}
-    for name, k_bits, v_bits in (("4bit_nc", 4, 4), ("k3v4_nc", 3, 4), ("3bit_nc", 3, 3)):
-        presets[f"vllm:{name}"] = KVFormat(Side("lloyd", k_bits, scale="nc"), _exotic("affine", v_bits))
-    presets["vllm:k8v4"] = KVFormat(_side("f8cast"), _exotic("affine", 4))
-    keys = {"q8_0": 8, "q5_0": 5, "q4_0": 4, "uint2": 2}
-    values = {"q2_0": 2, "q3_0": 3, "q4_0": 4, "q5_0": 5, "q8_0": 8}
-    for k_name, k_bits in keys.items():
-        for v_name, v_bits in values.items():
-            side = Side("lloyd", v_bits, scale="plain", group=32)
-            presets[f"metal:{k_name}/{v_name}"] = KVFormat(_exotic("affine", k_bits, group=32), side)
-    presets["lmdeploy:42"] = KVFormat(Side("qjl", 4, scale="plain"), Side("lloyd", 2, scale="plain"))
-    return presets
-
-
-PRESETS: dict[str, KVFormat] = _presets()
-"""Formats of other systems, by the name under which they can be run, measured and compared with ours."""
-
-ALIASES = {
-    "turboquant": "k4v4",
-    "fp8": "kf8vf8",
-    "fp8_cast": "kf8castvf8cast",
-    "fp8_e4m3": "kf8castvf8cast",
-    "bf16": "kbf16vbf16",
-    "fp16": "kf16vf16",
-    "fp32": "kf32vf32",
-    "exact": "kf32vf32",
-    "metal:q8_0": "metal:q8_0/q3_0",
-}
-"""Short names. ``turboquant`` is the default format; ``exact`` loses nothing of float32, bfloat16 or float16."""
-
-
-def _preset_name(fmt: KVFormat) -> str | None:
-    for name, preset in PRESETS.items():
-        if fmt == preset and _spells_otherwise(fmt):
-            return name
-    return None
-
-
-def _spells_otherwise(fmt: KVFormat) -> bool:
-    try:
-        return _parse_grammar(_spell(fmt)) != fmt
-    except FormatError:
-        return True
-
-
-def _spell(fmt: KVFormat) -> str:
-    options: list[str] = []
-    tuned = [(letter, side) for letter, side in (("k", fmt.k), ("v", fmt.v)) if side.scale != "none"]
-    rules = {side.scale for _, side in tuned}
-    counts = {side.prescales for _, side in tuned}
-    for letter, side in tuned:
-        prefix = letter if len(rules) > 1 else ""
-        if side.scale != "unbiased":
-            options.append(prefix + side.scale)
-    for letter, side in tuned:
-        prefix = letter if len(counts) > 1 or len(rules) > 1 else ""
-        if side.prescales != _default_prescales(side.scale):
-            options.append(f"{prefix}pre{side.prescales}")
-    options += ["mean"] * fmt.mean
-    options += [f"{name}{count}" for name, count in (("sinks", fmt.sinks), ("tail", fmt.tail)) if count]
-    return "+".join([f"k{fmt.k.name}v{fmt.v.name}", *dict.fromkeys(options)])
-
-
-def _default_prescales(rule: str) -> int:
-    return 1 if rule == "plain" else 3
-
-
-def _parse_grammar(text: str) -> KVFormat:
-    head, *options = text.split("+")
-    match = _FORMAT.fullmatch(head)
-    if not match:
-        raise _unknown(text)
-    sides = {"k": _side(match[1]), "v": _side(match[2])}
-    extra: dict[str, bool | int] = {}
-    rules: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for option in options:
-        if rule := _RULE_OPTION.fullmatch(option):
-            rules |= dict.fromkeys(rule[1] or "kv", rule[2])
-        elif pre := _PRE_OPTION.fullmatch(option):
-            counts |= dict.fromkeys(pre[1] or "kv", _check_prescales(int(pre[2])))
-        elif count := _COUNT_OPTION.fullmatch(option):
-            extra[count[1]] = int(count[2])
-        elif option == "mean":
-            extra["mean"] = True
-        else:
-            known = ["unbiased", "plain", "nc", "mse", "pre3", "mean", "sinks4", "tail128"]
-            raise FormatError(f"unknown option {option!r} in format {text!r}{_did_you_mean(option, known)}")
-    for letter, side in sides.items():
-        if side.scale == "none":
-            continue
-        rule_name = rules.get(letter, "unbiased")
-        sides[letter] = replace(side, scale=rule_name, prescales=counts.get(letter, _default_prescales(rule_name)))
-    if (rules or counts) and all(sides[letter].scale == "none" for letter in {*rules, *counts}):
-        raise FormatError(f"format {text!r}: a scale rule or prescale search has no meaning for {head!r}")
-    return KVFormat(sides["k"], sides["v"], **extra)  # type: ignore[arg-type]
-
-
-def _check_prescales(count: int) -> int:
-    if count % 2 == 0 or not 1 <= count <= MAX_PRESCALES:
-        raise FormatError(
-            f"pre{count}: the prescale search takes an odd number of candidates from 1 to {MAX_PRESCALES}"
-        )
-    return count
-
-
-def known_names() -> list[str]:
-    """Names worth proposing to somebody who misspelled one."""
-    widths = [f"k{b}v{b}" for b in range(1, 9)] + [
-        "k8v4",
-        "k4v2",
-        "k4v3",
-        "k3v2",
-        "kf8vf8",
-        "kf8v4",
-        "k3tv3t",
-        "k4tv4t",
-    ]
-    return [*ALIASES, *PRESETS, *widths]
-
-
-def _did_you_mean(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
-
-
-def _unknown(text: str) -> FormatError:
-    hint = _did_you_mean(text.split("+")[0], known_names()) or f"; formats look like {built_help()}"
-    return FormatError(f"unknown format {text!r}{hint}")
-
-
-@lru_cache(maxsize=1024)
-def _parse_text(raw: str) -> KVFormat:
-    text = raw.strip().lower()
-    for prefix in ("kvfold_", "kvfold:"):
-        text = text.removeprefix(prefix)
-    head, plus, options = text.partition("+")
-    head = ALIASES.get(head, head)
-    if head in PRESETS:
-        if plus:
-            raise FormatError(f"format {raw!r}: {head!r} is another system's format and takes no options")
-        return PRESETS[head]
-    if re.fullmatch(r"[1-8](\.[05])?[tqa]?", head):
-        head = re.sub(r"\.0", "", head)
-        head = f"k{head}v{head}"
-    return _parse_grammar(head + plus + options)
-
-
-_JSON_KEYS = (
-    "k",
-    "v",
-    "scale",
-    "prescales",
-    "mean",
-    "sinks",
-    "tail",
-    "bit_width",
-    "use_qjl",
-    "k_quant",
-    "v_quant",
-    "turboquant",
-)
-
-
-def _parse_object(spec: Mapping[str, object]) -> KVFormat:
-    for key in spec:
-        if key not in _JSON_KEYS:
-            raise FormatError(
-                f"unknown key {key!r} in format {dict(spec)!r}{_did_you_mean(str(key), list(_JSON_KEYS))}"
-            )
-    for own in ({"k_quant", "v_quant", "turboquant"}, {"bit_width", "use_qjl"}):
-        if own & set(spec) - {"turboquant"} and (foreign := set(spec) - own):
-            raise FormatError(f"keys {sorted(foreign)} do not go with {sorted(own & set(spec))}")
-    if "k_quant" in spec or "v_quant" in spec:
-        return _parse_text(f"metal:{spec.get('k_quant', 'q8_0')}/{spec.get('v_quant', 'q3_0')}")
-    if "bit_width" in spec:
-        suffix = "q" if spec.get("use_qjl") else ""
-        try:
-            bits = float(str(spec["bit_width"]))
-        except ValueError:
-            raise FormatError(f"bit_width {spec['bit_width']!r} is not a number") from None
-        return _parse_text(f"{bits:g}{suffix}")
-    options = [str(spec["scale"])] if "scale" in spec else []
-    options += [f"pre{spec['prescales']}"] if "prescales" in spec else []
-    options += ["mean"] if spec.get("mean") else []
-    options += [f"{name}{spec[name]}" for name in ("sinks", "tail") if spec.get(name)]
-    return _parse_text("+".join([f"k{spec.get('k', 4)}v{spec.get('v', 4)}", *options]))
-
-
-def _parse(spec: str | float | Mapping[str, object] | KVFormat) -> KVFormat:
-    if isinstance(spec, KVFormat):
-        return spec
-    if isinstance(spec, bool):
-        raise FormatError(f"a format is a name, a number of bits, an object or a KVFormat, not {spec!r}")
-    if isinstance(spec, (int, float)):
-        return _parse_text(f"{spec:g}")
-    if isinstance(spec, Mapping):
-        return _parse_object(spec)
-    if isinstance(spec, str):
-        if spec.lstrip().startswith("{"):
-            try:
-                value = json.loads(spec)
-            except json.JSONDecodeError as error:
-                raise FormatError(f"format {spec!r} begins like JSON but is not: {error}") from None
-            return _parse_object(value)
-        return _parse_text(spec)
-    raise FormatError(f"a format is a name, a number of bits, an object or a KVFormat, not {type(spec).__name__}")

@@ -35,10 +35,7 @@ from functools import cached_property, lru_cache
 import torch
 
 from kvfold import codecs
-from kvfold.errors import FormatError
-from kvfold.formats import SCALE_BYTES, TILE, KVFormat, Side, check_head_size, check_page_size
-
-MIN_QUANTISED_HEAD = 8
+from kvfold.formats import SCALE_BYTES, TILE, KVFormat, Side, check_head_size, check_heads, check_page_size
 
 
 @dataclass(frozen=True)
@@ -62,15 +59,8 @@ class PageLayout:
     page_size: int = 64
 
     def __post_init__(self) -> None:
-        self.format.require_built()
         check_page_size(self.page_size)
-        for side, size in ((self.format.k, self.head_size), (self.format.v, self.head_size_v)):
-            check_head_size(size)
-            if side.rotated and size < MIN_QUANTISED_HEAD:
-                raise FormatError(
-                    f"head size {size} is too small for {self.format}: rotated codes need {MIN_QUANTISED_HEAD} or more "
-                    "coordinates; use bf16, f16, f32 or f8 for such a model"
-                )
+        check_heads(self.format, check_head_size(self.head_size), check_head_size(self.head_size_v))
 
     @staticmethod
     def of(spec: str | KVFormat, head_size: int, head_size_v: int | None = None, page_size: int = 64) -> PageLayout:

@@ -6,16 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvfold.errors import KVFoldError
+from kvfold.errors import PlanError
 from kvfold.formats import check_head_size
 
 FULL, SLIDING, LINEAR, SHARED = "full", "sliding", "linear", "shared"
 KINDS = (FULL, SLIDING, LINEAR, SHARED)
 """Attention to every token; to the last ``window``; no keys and values per token; another layer's cache."""
-
-
-class PlanError(KVFoldError, ValueError):
-    """A model's config, a size of memory or a number of tokens that cannot be planned with."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from kvfold.errors import FormatError, UnsupportedModelError
-from kvfold.formats import KVFormat, check_page_size
+from kvfold.errors import UnsupportedModelError
+from kvfold.formats import KVFormat, check_heads, check_page_size
 from kvfold.modelshape import FULL, KINDS, LINEAR, SHARED, SLIDING, LayerGroup, ModelShape, PlanError, positive
 
 __all__ = [
@@ -26,7 +26,6 @@ FormatSpec = str | float | Mapping[str, object] | KVFormat
 
 BASELINES = ("bf16", "fp8")
 DEFAULT_FORMATS = ("k8v4", "k4v4", "k4v2", "k3v3", "k2v2")
-MIN_ROTATED_HEAD = 8
 
 
 @dataclass(frozen=True)
@@ -55,22 +54,6 @@ class PlanRow:
     compressed_layers: int
     uncompressed_layers: int
     uncompressed: tuple[str, ...]
-
-
-def check_heads(fmt: KVFormat, head_size: int, head_size_v: int) -> None:
-    """Raise :class:`FormatError` if heads of this size cannot be stored in ``fmt``, as allocating would.
-
-    Raises:
-        NotBuiltError: Something in the format is not built yet.
-        FormatError: A side rotates, and the head is too small for that.
-    """
-    fmt.require_built()
-    for side, size in ((fmt.k, head_size), (fmt.v, head_size_v)):
-        if side.rotated and size < MIN_ROTATED_HEAD:
-            raise FormatError(
-                f"head size {size} is too small for {fmt}: rotated codes need {MIN_ROTATED_HEAD} or more coordinates; "
-                "use bf16, f16, f32 or f8 for such a model"
-            )
 
 
 def cache_bytes(shape: ModelShape, format: FormatSpec, tokens: int, page_size: int = 64, sequences: int = 1) -> int:

@@ -219,6 +219,20 @@ def test_nothing_is_copied_at_a_page_boundary_or_for_nothing() -> None:
     assert cache.block_table([child]).tolist() != [[0]]
 
 
+def test_truncate_gives_back_whole_pages_that_nobody_else_holds() -> None:
+    cache = make()
+    parent = cache.new_sequence()
+    cache.append(parent, *vectors(50))
+    child = cache.fork(parent)
+    for seq, length, free in ((child, 17, 8), (parent, 33, 9), (parent, 32, 10), (parent, 0, 10), (child, 16, 11)):
+        cache.truncate(seq, length)
+        assert (cache.length(seq), cache.free_pages) == (length, free)
+    cache.free(parent)
+    assert cache.free_pages == 11
+    cache.truncate(child, 0)
+    assert cache.free_pages == 12
+
+
 def test_holders_of_one_page_that_grow_together_need_one_copy_less() -> None:
     cache = make(num_pages=3)
     parent = cache.new_sequence()
@@ -258,11 +272,11 @@ def test_a_batch_is_reserved_whole_or_not_at_all() -> None:
     before = state(cache)
     for seq, count in ((other, -1), (77, 1), (other, 1.5), (other, None), (other, True)):
         with pytest.raises(KVFoldError):
-            cache.extend({one: 3, seq: count})
+            cache.extend({one: 3, seq: count})  # type: ignore[dict-item]
         assert_unchanged(cache, before)
     for arguments in ((one,), ({one: 1}, 1), (one, -1), (one, "3")):
         with pytest.raises(ShapeError):
-            cache.extend(*arguments)  # type: ignore[arg-type]
+            cache.extend(*arguments)
     assert_unchanged(cache, before)
     assert cache.extend({}).shape == (0,)
     assert cache.extend({one: 17, other: 1}).tolist() == [*range(17), 32]
@@ -342,8 +356,9 @@ def test_what_a_cache_cannot_be() -> None:
         make(page_size=48)
     with pytest.raises(FormatError):
         make(head_size=4)
+    bad: list[Any] = [0, -1, 1.5]
     for name in ("num_pages", "num_layers", "num_kv_heads"):
-        for count in (0, -1, 1.5):
+        for count in bad:
             with pytest.raises(ShapeError, match=name):
                 make(**{name: count})
 

@@ -18,17 +18,15 @@ from hypothesis import strategies as st
 import kvfold.formats
 from kvfold.errors import FormatError, NotBuiltError
 from kvfold.formats import (
-    ALIASES,
     MAX_PRESCALES,
     PAGE_SIZES,
-    PRESETS,
     SCALE_RULES,
     KVFormat,
     Side,
     check_head_size,
     check_page_size,
-    known_names,
 )
+from kvfold.spelling import ALIASES, PRESETS, known_names
 
 parse = KVFormat.parse
 

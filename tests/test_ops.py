@@ -74,8 +74,8 @@ def stored(name: str, k: torch.Tensor, v: torch.Tensor, cache: Cache, slots: tor
 def test_the_cpu_stores_the_reference_bytes(spec: str, sizes: tuple[int, int]) -> None:
     for index, page_size in enumerate(PAGE_SIZES):
         layout = PageLayout.of(spec, *sizes, page_size)
-        cache = empty_cache(layout, [70], seed=index)
-        k, v = (noise(70, 2, size, seed=index, dtype=DTYPES[index]) for size in sizes)
+        cache = empty_cache(layout, [40], seed=index)
+        k, v = (noise(40, 2, size, seed=index, dtype=DTYPES[index]) for size in sizes)
         slots = cache.slots(0)
         want = Cache(layout, stored("reference", k, v, cache, slots), cache.table, cache.lengths)
         got = Cache(layout, stored("cpu", k, v, cache, slots), cache.table, cache.lengths)

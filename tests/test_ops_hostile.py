@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKENDS
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ops_cases import (
     FORMATS,
@@ -449,7 +449,7 @@ def test_a_bad_query_spoils_only_itself(backend: str) -> None:
 
 # --- properties -------------------------------------------------------------------------------------------------------
 
-MODEST = settings(max_examples=40, deadline=None, derandomize=True)
+MODEST = settings(max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 
 
 @MODEST

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kvfold import planner
 from kvfold.errors import FormatError, NotBuiltError, UnsupportedModelError
 from kvfold.formats import KVFormat
+from kvfold.layout import PageLayout
 from kvfold.planner import LayerGroup, ModelShape, PlanError, cache_bytes, parse_memory, plan
 
 QWEN3_8B = ModelShape.uniform(36, 8, 128)
@@ -124,17 +125,16 @@ def test_rows_begin_with_the_baselines_and_have_no_doubles() -> None:
 @pytest.mark.parametrize("format", ["bf16", "exact", "fp8", "fp8_cast", "k4v4", "k3v5", "kf8v1"])
 @pytest.mark.parametrize("sizes", [(128, 128), (80, 80), (512, 64), (9, 31)])
 def test_equals_the_layout(format: str, sizes: tuple[int, int]) -> None:
-    layout = pytest.importorskip("kvfold.layout")
     for page_size in (16, 32, 64):
-        page = layout.PageLayout.of(format, *sizes, page_size=page_size)
+        page = PageLayout.of(format, *sizes, page_size=page_size)
         shape = ModelShape.uniform(3, 2, *sizes)
         pages, heads, page_bytes = page.page_shape(5, 2)
         assert cache_bytes(shape, format, 5 * page_size, page_size) == 3 * pages * heads * page_bytes
 
 
 def test_refuses_the_heads_that_the_layout_refuses() -> None:
-    layout = pytest.importorskip("kvfold.layout")
-    assert planner.MIN_ROTATED_HEAD == layout.MIN_QUANTISED_HEAD
+    with pytest.raises(FormatError, match="too small for k4v4"):
+        PageLayout.of("k4v4", 7)
     small = ModelShape.uniform(1, 1, 7)
     with pytest.raises(FormatError, match="too small for k4v4"):
         cache_bytes(small, "k4v4", 1)

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass
 from kvfold.commands import table
 from kvfold.commands.plan import head_size
 from kvfold.errors import NotBuiltError
-from kvfold.formats import ALIASES, PRESETS, KVFormat, Side
-from kvfold.planner import check_heads
+from kvfold.formats import KVFormat, Side, check_heads
+from kvfold.spelling import ALIASES, PRESETS
 
 EPILOG = """\
 JSON (--json): head_size, head_size_v, formats [{format, aliases, bits_per_element, bytes_per_token, ratio,
