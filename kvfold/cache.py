@@ -23,9 +23,7 @@ from kvfold.errors import CapacityError, NotBuiltError, ShapeError
 from kvfold.formats import KVFormat
 from kvfold.layout import PageLayout
 from kvfold.planner import FormatSpec
-from kvfold.sequences import Sequences, UnknownSequenceError, whole
-
-__all__ = ["PagedKVCache", "UnknownSequenceError"]
+from kvfold.sequences import Sequences, whole
 
 
 class PagedKVCache(Sequences):

@@ -31,3 +31,10 @@ class UnsupportedModelError(KVFoldError, ValueError):
 
 class PlanError(KVFoldError, ValueError):
     """A model's config, a size of memory or a number of tokens that cannot be planned with."""
+
+
+class UnknownSequenceError(KVFoldError, KeyError):
+    """A paged cache holds no sequence by this number."""
+
+    def __str__(self) -> str:  # KeyError would quote the message
+        return str(self.args[0])

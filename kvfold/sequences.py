@@ -15,14 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvfold.errors import CapacityError, KVFoldError, ShapeError
-
-
-class UnknownSequenceError(KVFoldError, KeyError):
-    """A sequence that was freed, or a number that was never one of the cache's sequences."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
+from kvfold.errors import CapacityError, ShapeError, UnknownSequenceError
 
 
 class PageAllocator:

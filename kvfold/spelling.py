@@ -159,8 +159,8 @@ def _parse_grammar(text: str) -> KVFormat:
         if side.scale == "none":
             continue
         rule_name = rules.get(letter, rules.get("kv", "unbiased"))
-        count = counts.get(letter, counts.get("kv", _default_prescales(rule_name)))
-        sides[letter] = replace(side, scale=rule_name, prescales=count)
+        candidates = counts.get(letter, counts.get("kv", _default_prescales(rule_name)))
+        sides[letter] = replace(side, scale=rule_name, prescales=candidates)
     named = {letter for key in (*rules, *counts) for letter in key}
     if named and all(sides[letter].scale == "none" for letter in named):
         raise FormatError(f"format {text!r}: a scale rule or prescale search has no meaning for {head!r}")

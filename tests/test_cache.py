@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvfold import ops
-from kvfold.cache import PagedKVCache, UnknownSequenceError
-from kvfold.errors import CapacityError, FormatError, KVFoldError, NotBuiltError, ShapeError
+from kvfold.cache import PagedKVCache
+from kvfold.errors import CapacityError, FormatError, KVFoldError, NotBuiltError, ShapeError, UnknownSequenceError
 from kvfold.formats import KVFormat
 from kvfold.planner import ModelShape, cache_bytes
 

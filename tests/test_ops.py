@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -31,7 +32,19 @@ from kvfold.layout import PageLayout
 from kvfold.ops import cpu_kernels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEAD_SIZES = ((32, 32), (64, 64), (80, 80), (96, 96), (112, 112), (128, 128), (192, 192), (256, 256), (33, 33), (96, 64), (33, 128))
+HEAD_SIZES = (
+    (32, 32),
+    (64, 64),
+    (80, 80),
+    (96, 96),
+    (112, 112),
+    (128, 128),
+    (192, 192),
+    (256, 256),
+    (33, 33),
+    (96, 64),
+    (33, 128),
+)
 LENGTHS = (0, 1, 16, 17, 64, 100, 128)
 FEW = ("k4v4", "k3v5", "k8v2", "kf8v4", "bf16")
 """Formats where every plane, scale and family occurs, for tests that are about something else."""
@@ -99,7 +112,9 @@ def test_strides_do_not_matter(spec: str, stride: str, dtype: torch.dtype, backe
     layout = PageLayout.of(spec, 64, 80, 16)
     cache = empty_cache(layout, [40])
     k, v = (STRIDES[stride](noise(40, 3, size, seed=size, dtype=dtype)) for size in (64, 80))
-    cache = Cache(layout, cache.pages.new_full(layout.page_shape(len(cache.pages), 3), 0xFF), cache.table, cache.lengths)
+    cache = Cache(
+        layout, cache.pages.new_full(layout.page_shape(len(cache.pages), 3), 0xFF), cache.table, cache.lengths
+    )
     slots = cache.slots(0)
     assert torch.equal(
         stored(backend, k, v, cache, slots), stored(backend, k.contiguous(), v.contiguous(), cache, slots)
@@ -313,7 +328,8 @@ def test_bytes_that_nobody_wrote_do_not_leak(spec: str, fill_byte: int, backend:
     for num_queries in (2, 20):
         q = noise(5, num_queries, 2, 32)
         results = [
-            ops.decode_attention(q, each.pages, each.table, each.lengths, each.layout, scale=0.2) for each in (cache, other)
+            ops.decode_attention(q, each.pages, each.table, each.lengths, each.layout, scale=0.2)
+            for each in (cache, other)
         ]
         for x, y in zip(*results, strict=True):
             assert not x.isnan().any()
@@ -415,7 +431,9 @@ CONTEXTS = (0, 33, 16, 0, 5)
 CHUNKS = (17, 9, 1, 0, 30)
 
 
-def prefill_case(layout: PageLayout, group: int) -> tuple[Cache, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def prefill_case(
+    layout: PageLayout, group: int
+) -> tuple[Cache, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A batch in which some requests begin, others continue and one has no tokens: cache, q, k, v, cu_seqlens."""
     lengths = [context + chunk for context, chunk in zip(CONTEXTS, CHUNKS, strict=True)]
     cache = empty_cache(layout, lengths)
@@ -429,7 +447,9 @@ def prefill_case(layout: PageLayout, group: int) -> tuple[Cache, torch.Tensor, t
     return cache, noise(len(k), 2 * group, layout.head_size), k, v, cu_seqlens
 
 
-@pytest.mark.parametrize("option", [{}, {"window": 12}, {"softcap": 2.0}, {"mask": True}], ids=["plain", "window", "softcap", "mask"])
+@pytest.mark.parametrize(
+    "option", [{}, {"window": 12}, {"softcap": 2.0}, {"mask": True}], ids=["plain", "window", "softcap", "mask"]
+)
 @pytest.mark.parametrize("spec", ["k4v4", "k3v5", "kf8v4", "exact"])
 @pytest.mark.parametrize("chunk", ["exact", "packed"])
 def test_prefill(chunk: str, spec: str, option: dict[str, Any], backend: str) -> None:
@@ -471,23 +491,33 @@ def test_a_packed_prefill_equals_decoding_token_by_token(backend: str) -> None:
     assert_close((torch.cat([o[0] for o, _ in steps]), torch.cat([each[0] for _, each in steps], dim=1)), want)
 
 
-@pytest.mark.parametrize("cuts", [(0, 300), (0, 16, 32, 300), (0, 1, 2, 3, 150, 299, 300), (0, 257, 300)], ids=layout_id)
+@lru_cache(maxsize=1)
+def _prompt() -> tuple[Cache, torch.Tensor, Expected]:
+    """A prompt of 300 tokens, its queries, and what they give."""
+    cache, q = make_cache(PageLayout.of("k3v4", 32, page_size=16), (300,), heads=1), noise(300, 2, 32)
+    return cache, q, expected(q, *cache.vectors(0), sees(300, 300, window=120), 0.2)
+
+
+@pytest.mark.parametrize(
+    "cuts", [(0, 300), (0, 16, 32, 300), (0, 1, 2, 3, 150, 299, 300), (0, 257, 300)], ids=layout_id
+)
 def test_where_a_packed_prompt_is_cut_does_not_matter(cuts: tuple[int, ...], backend: str) -> None:
-    layout = PageLayout.of("k3v4", 32, page_size=16)
-    cache = make_cache(layout, (300,), heads=1)
-    q = noise(300, 2, 32)
+    cache, q, want = _prompt()
     parts = [
         ops.prefill_attention(
-            q[begin:end], cache.pages, cache.table, torch.tensor([end]), torch.tensor([0, end - begin]), layout,
-            scale=0.2, window=120,
+            q[begin:end], cache.pages, cache.table, torch.tensor([end]), torch.tensor([0, end - begin]),
+            cache.layout, scale=0.2, window=120,
         )
         for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
     ]  # fmt: skip
-    want = expected(q, *cache.vectors(0), sees(300, 300, window=120), 0.2)
     assert_close((torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)), want)
 
 
-@pytest.mark.parametrize("option", [{}, {"window": 6}, {"softcap": 2.0}, {"first": torch.tensor([4, 13])}], ids=["plain", "window", "softcap", "first"])
+@pytest.mark.parametrize(
+    "option",
+    [{}, {"window": 6}, {"softcap": 2.0}, {"first": torch.tensor([4, 13])}],
+    ids=["plain", "window", "softcap", "first"],
+)
 def test_exact_attention(option: dict[str, Any], backend: str) -> None:
     """Tokens at positions 3 to 13 and 10 to 20; queries from 8 and 10 on."""
     q, k, v = noise(2, 7, 6, 40), noise(2, 10, 2, 40, seed=1), noise(2, 10, 2, 24, seed=2)
@@ -531,7 +561,7 @@ HARD = (
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["towards", "away"])
-@pytest.mark.parametrize("spec", ["k4v4", "k2v3", "kf8v8", "exact"])
+@pytest.mark.parametrize("spec", ["k4v4", "kf8v3", "exact"])
 @pytest.mark.parametrize("kind", HARD)
 def test_hard_scores(kind: str, spec: str, sign: int, backend: str) -> None:
     tokens = cpu_kernels.SPLIT_TOKENS + 60
@@ -588,7 +618,9 @@ except ImportError:
 
 
 def test_without_numba_the_reference_works_and_warns_once() -> None:
-    result = subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, timeout=100, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NUMBA], capture_output=True, text=True, timeout=100, check=False
+    )
     assert (result.returncode, result.stdout.strip()) == (0, "done"), result.stderr
 
 

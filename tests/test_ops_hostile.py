@@ -29,6 +29,7 @@ from ops_cases import (
 
 from kvfold import ops
 from kvfold.errors import FormatError, ShapeError
+from kvfold.formats import PAGE_SIZES
 from kvfold.layout import PageLayout
 
 LAYOUT = PageLayout.of("k4v4", 32, 64, 16)
@@ -342,7 +343,9 @@ def test_enormous_and_tiny_vectors(spec: str, side: str, size: float, backend: s
         layout = PageLayout.of(spec, 32, page_size=16)
         cache = empty_cache(layout, [21])
         vectors = {"k": noise(21, 2, 32, seed=1), "v": noise(21, 2, 32, seed=2)}
-        vectors[side] = vectors[side] * torch.where(torch.arange(21) == 7, size, size if everything else 1.0)[:, None, None]
+        vectors[side] = (
+            vectors[side] * torch.where(torch.arange(21) == 7, size, size if everything else 1.0)[:, None, None]
+        )
         ops.store_kv(vectors["k"], vectors["v"], cache.pages, cache.slots(0), layout)
         k, v = cache.vectors(0)
         for name, x in (("k", k), ("v", v)):
@@ -362,7 +365,9 @@ ROTATED = ["k1v3", "k4v4", "k8v8+plain", "k5v2+nc", "k2v6+mse"]
 @pytest.mark.parametrize("side", ["k", "v"])
 @pytest.mark.parametrize("value", BAD)
 @pytest.mark.parametrize("spec", [*ROTATED, "kf8vf8"])
-def test_a_vector_that_is_not_finite_is_stored_as_nan(spec: str, value: str, side: str, where: str, backend: str) -> None:
+def test_a_vector_that_is_not_finite_is_stored_as_nan(
+    spec: str, value: str, side: str, where: str, backend: str
+) -> None:
     """It, and no other vector of the same call."""
     layout = PageLayout.of(spec, 64, page_size=16)
     cache = empty_cache(layout, [40])
@@ -451,14 +456,16 @@ def test_a_bad_query_spoils_only_itself(backend: str) -> None:
 MODEST = settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
 
 
+SIZES = (8, 9, 24, 33, 40, 64)
+"""Few, because each has codebooks of its own to compute."""
+
+
 @MODEST
 @given(data=st.data())
 @pytest.mark.parametrize("name", BACKENDS)
 def test_any_shape_attends_right(name: str, data: st.DataObject) -> None:
     draw = data.draw
-    layout = PageLayout.of(
-        draw(st.sampled_from(FORMATS)), draw(st.integers(8, 72)), draw(st.integers(8, 72)), draw(st.sampled_from((16, 32, 64)))
-    )
+    layout = PageLayout.of(*(draw(st.sampled_from(values)) for values in (FORMATS, SIZES, SIZES, PAGE_SIZES)))
     heads, group, num_queries = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 5))
     lengths = draw(st.lists(st.integers(0, 70), min_size=1, max_size=3))
     cache = make_cache(layout, lengths, heads, seed=draw(st.integers(0, 100)))
@@ -475,10 +482,8 @@ def test_any_shape_attends_right(name: str, data: st.DataObject) -> None:
         )  # fmt: skip
     wanted = []
     for b, length in enumerate(lengths):
-        visible = sees(
-            num_queries, length, query_start=None if start is None else start[b], first=0 if first is None else first[b],
-            lag=lag, window=window,
-        )  # fmt: skip
+        begin, position = 0 if first is None else first[b], None if start is None else start[b]
+        visible = sees(num_queries, length, query_start=position, first=begin, lag=lag, window=window)
         wanted.append(expected(q[b], *cache.vectors(b), visible, 0.2, softcap))
     assert_close(got, Expected.stack(wanted))
 
@@ -505,8 +510,7 @@ def test_whatever_is_changed_is_served_or_refused(call: str, name: str, data: st
     with ops.backend(name):
         try:
             result = function(**arguments)
-        except REFUSED as error:
-            assert str(error)
+        except REFUSED:
             return
     if call.startswith(("decode", "prefill", "exact")):
         assert result[0].shape == (*arguments["q"].shape[:-1], 64)
@@ -517,7 +521,7 @@ def test_whatever_is_changed_is_served_or_refused(call: str, name: str, data: st
 @given(data=st.data())
 @pytest.mark.parametrize("name", BACKENDS)
 def test_any_numbers_are_stored_without_touching_a_neighbour(name: str, data: st.DataObject) -> None:
-    """Whatever one token holds, the tokens before and after it, in the same call and page, decode as if it were zero."""
+    """Whatever one token holds, the tokens before and after it, in the same call and page, are stored as beside a zero."""
     layout = PageLayout.of(data.draw(st.sampled_from(FORMATS)), 16, page_size=16)
     special = st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 1e30, 3e38, float("nan"), float("inf"), -float("inf")])
     x = torch.tensor(data.draw(st.lists(st.floats(width=32) | special, min_size=16, max_size=16)))
@@ -525,7 +529,7 @@ def test_any_numbers_are_stored_without_touching_a_neighbour(name: str, data: st
     for middle in (x, torch.zeros(16)):
         k, v = noise(3, 1, 16, seed=1), noise(3, 1, 16, seed=2)
         k[1, 0], v[1, 0] = middle, middle
-        cache = empty_cache(layout, [3])
+        cache = empty_cache(layout, [3], heads=1)
         with ops.backend(name):
             ops.store_kv(k, v, cache.pages, cache.slots(0), layout)
         results.append(cache.records(cache.slots(0)))

@@ -131,7 +131,8 @@ def test_a_compiled_prefill_gives_what_eager_gives(engine: str, backend: str) ->
         noise(9, 4, 32), noise(9, 2, 32, seed=1), noise(9, 2, 64, seed=2), cache.pages.fill_(0), cache.table,
         torch.tensor([0, 5, 9]),
     )  # fmt: skip
-    for x, y in zip(torch.compile(prefill_step, fullgraph=True, backend=engine)(*arguments), prefill_step(*arguments), strict=True):
+    compiled = torch.compile(prefill_step, fullgraph=True, backend=engine)
+    for x, y in zip(compiled(*arguments), prefill_step(*arguments), strict=True):
         assert torch.equal(x, y)
 
 

@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kvfold import storage
-from kvfold.cache import PagedKVCache, UnknownSequenceError
-from kvfold.errors import CapacityError, FileFormatError
+from kvfold.cache import PagedKVCache
+from kvfold.errors import CapacityError, FileFormatError, UnknownSequenceError
 from kvfold.storage import PageFile
 
 LAYERS, HEADS, DK, DV = 2, 2, 16, 24

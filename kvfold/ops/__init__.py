@@ -110,6 +110,10 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
     _check("k", k, (None, heads, layout.head_size), pages.device)
     _check("v", v, (k.shape[0], heads, layout.head_size_v), pages.device)
     _check_integer("slots", slots, (k.shape[0],), pages.device, torch.int64)
+    if not len(slots):
+        return
+    if pages.device.type == "cpu" and int(slots.max()) >= len(pages) * layout.page_size:
+        raise ShapeError(f"slot {int(slots.max())} lies beyond the {len(pages)} pages of {layout.page_size} tokens")
     choose(pages.device).store_kv(k, v, pages, slots, layout)
 
 
@@ -133,6 +137,11 @@ def load_kv(
     _check_integer("block_table", block_table, (None, None), pages.device)
     if not 0 <= tokens <= block_table.shape[1] * layout.page_size:
         raise ShapeError(f"{tokens} tokens do not fit {block_table.shape[1]} pages of {layout.page_size}")
+    if not len(block_table):
+        shape = (0, tokens, pages.shape[1])
+        return pages.new_empty(*shape, layout.head_size, dtype=torch.float32), pages.new_empty(
+            *shape, layout.head_size_v, dtype=torch.float32
+        )
     k, v = choose(pages.device).load_kv(pages, block_table, layout, tokens)
     return k, v
 
@@ -187,6 +196,11 @@ def decode_attention(
             _check_integer(name, positions, (batch,), pages.device)
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[:2] != q.shape[:2]):
         raise ShapeError(f"mask is bool [B, Tq, tokens] = [{batch}, {q.shape[1]}, ...], not {_describe(mask)}")
+    _check_options(window, softcap)
+    if not batch:
+        return q.new_empty(*q.shape[:3], layout.head_size_v), q.new_empty(
+            0, q.shape[2], q.shape[1], dtype=torch.float32
+        )
     out, lse = choose(pages.device).decode_attention(
         q, pages, block_table, seq_lens, layout, scale=scale, first=first, query_start=query_start, lag=lag,
         window=window, softcap=softcap, mask=mask,
@@ -222,6 +236,7 @@ def exact_attention(
         As :func:`decode_attention`.
     """
     _check_groups(q.shape[2], k.shape[2])
+    _check_options(window, softcap)
     # plain tensor arithmetic on every device, which dynamo traces as it is
     return reference.exact_attention(
         q, k, v, scale=scale, key_start=key_start, query_start=query_start, first=first, window=window,
@@ -264,7 +279,9 @@ def prefill_attention(
     _check_pages(pages, layout)
     _check("q", q, (None, None, layout.head_size), pages.device)
     _check_groups(q.shape[1], pages.shape[1])
+    _check_integer("context_lens", context_lens, (None,), pages.device)
     batch = context_lens.shape[0]
+    _check_options(window, softcap)
     _check_integer("cu_seqlens", cu_seqlens, (batch + 1,), pages.device)
     _check_integer("block_table", block_table, (batch, None), pages.device)
     if (k is None) != (v is None):
@@ -321,6 +338,13 @@ def _check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
             f"{layout.page_size} tokens "
             f"are contiguous uint8 [num_pages, num_kv_heads, {layout.page_bytes}], not {_describe(pages)}"
         )
+
+
+def _check_options(window: int | None, softcap: float | None) -> None:
+    if window is not None and window < 1:
+        raise ShapeError(f"window is a number of tokens from 1, or None for all; not {window}")
+    if softcap is not None and not softcap > 0:
+        raise ShapeError(f"softcap is a positive number, or None for none; not {softcap}")
 
 
 def _check_groups(num_heads: int, num_kv_heads: int) -> None:

@@ -79,8 +79,6 @@ def _prescales(count: int) -> torch.Tensor:
 def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
     """See :func:`kvfold.ops.store_kv`."""
     tokens, heads = k.shape[:2]
-    if tokens and int(slots.max()) >= pages.shape[0] * layout.page_size:
-        raise ShapeError(f"slot {int(slots.max())} lies beyond the {pages.shape[0]} pages of {layout.page_size} tokens")
     if not (layout.format.k.rotated and layout.format.v.rotated):
         return reference.store_kv(k, v, pages, slots, layout)
     slots = slots.contiguous()
@@ -155,7 +153,7 @@ def decode_attention(
     starts = torch.zeros_like(lengths) if first is None else first.to(torch.int64).contiguous()
     positions = lengths - num_queries if query_start is None else query_start.to(torch.int64).contiguous()
     table = block_table.to(torch.int32).contiguous()
-    longest = int(lengths.max()) if batch else 0
+    longest = int(lengths.max())
     if longest > table.shape[1] * layout.page_size:
         raise ShapeError(f"seq_lens has {longest}, and block_table {table.shape[1]} pages of {layout.page_size} tokens")
     if mask is not None and longest > mask.shape[-1]:
