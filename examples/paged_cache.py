@@ -1,7 +1,4 @@
-"""Compressed pages without any model library: sequences, a shared prefix, attention, and a file.
-
-    python examples/paged_cache.py
-"""
+"""Compressed pages without any model library: sequences, a shared prefix, attention, and a file."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
 
 @dataclass(frozen=True)
 class Cache:
-    """Sequences in poisoned pages: their own pages in an order of no pattern, unused table entries on a poisoned page."""
+    """Sequences in poisoned pages of no pattern; unused table entries are a poisoned page."""
 
     layout: PageLayout
     pages: torch.Tensor
@@ -197,8 +197,8 @@ def expected(
 def assert_close(got: State, want: Expected) -> None:
     """``got`` is at most four times as far from the float64 truth as the same attention in plain float32 is.
 
-    As root mean square over all outputs, which is stable where a maximum is a lottery. Plain float32 may be lucky, and does
-    not rotate: a few roundings of the output are allowed besides, and two of the largest score that a query may have.
+    As root mean square over all outputs, which is stable where a maximum is a lottery. Plain float32 may be lucky, and
+    does not rotate: a few roundings of the output are allowed too, and two of the largest score that a query may have.
     """
     (out, lse), (true_out, true_lse), (plain_out, plain_lse) = got, want.truth, want.plain
     assert out.shape == true_out.shape

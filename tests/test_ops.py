@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ from ops_cases import (
 from kvfold import ops
 from kvfold.formats import PAGE_SIZES
 from kvfold.layout import PageLayout
-from kvfold.ops import cpu_kernels
+from kvfold.ops import cpu_kernels, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (
@@ -62,8 +63,8 @@ def assert_same_bytes(
 ) -> None:
     """Records agree but for ties, where float32 rounding decides: at most 1e-4 of the bytes, or parts of one vector.
 
-    A tie is a coordinate at a threshold, a scale half-way between two bfloat16, or two prescales that are equally good. It
-    costs nothing: the vector's error is the same within 2 % (half a step of bfloat16, on either side of the scale).
+    A tie is a coordinate at a threshold, a scale half-way between two bfloat16, or two prescales that are equally good.
+    It costs nothing: the vector's error is the same within 2 % (half a step of bfloat16, on either side of the scale).
     """
     differ = got != want
     assert int(differ.sum()) <= max(1e-4 * got.numel(), layout.token_bytes / 2)
@@ -282,6 +283,19 @@ def test_lag_and_first_split_at_a_token_across_splits(backend: str) -> None:
 def test_decode_of_many_queries(spec: str, num_queries: int, backend: str) -> None:
     cache = make_cache(PageLayout.of(spec, 64, page_size=32), (0, 20, 90))
     check_decode(cache, noise(3, num_queries, 4, 64), window=30)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 45}, {"lag": 20}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("num_queries", [3, 20])
+@pytest.mark.parametrize("spec", ["k4v4", "exact"])
+def test_decode_in_small_windows(
+    spec: str, num_queries: int, options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prefix is de-quantised window by window: here of one tile, which only a very long one would need otherwise."""
+    monkeypatch.setattr(reference, "WINDOW_BYTES", 1)
+    monkeypatch.setattr(reference, "_QUERY_BLOCK", 7)
+    cache = make_cache(PageLayout.of(spec, 32, 64, 32), (0, 1, 40, 100))
+    check_decode(cache, noise(4, num_queries, 4, 32), scale=0.5, **options)
 
 
 @pytest.mark.parametrize("num_queries", [2, 20])
@@ -508,7 +522,7 @@ def test_where_a_packed_prompt_is_cut_does_not_matter(cuts: tuple[int, ...], bac
             q[begin:end], cache.pages, cache.table, torch.tensor([end]), torch.tensor([0, end - begin]),
             cache.layout, scale=0.2, window=120,
         )
-        for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
+        for begin, end in pairwise(cuts)
     ]  # fmt: skip
     assert_close((torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], dim=1)), want)
 
@@ -518,20 +532,21 @@ def test_where_a_packed_prompt_is_cut_does_not_matter(cuts: tuple[int, ...], bac
     [{}, {"window": 6}, {"softcap": 2.0}, {"first": torch.tensor([4, 13])}],
     ids=["plain", "window", "softcap", "first"],
 )
-def test_exact_attention(option: dict[str, Any], backend: str) -> None:
-    """Tokens at positions 3 to 13 and 10 to 20; queries from 8 and 10 on."""
-    q, k, v = noise(2, 7, 6, 40), noise(2, 10, 2, 40, seed=1), noise(2, 10, 2, 24, seed=2)
+def test_exact_attention(option: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens at positions 3 to 13 and 10 to 20; queries from 8 and 10 on, in blocks of 16."""
+    monkeypatch.setattr(reference, "_SCORE_ELEMENTS", 1)
+    q, k, v = noise(2, 20, 6, 40), noise(2, 10, 2, 40, seed=1), noise(2, 10, 2, 24, seed=2)
     key_start, query_start = torch.tensor([3, 10]), torch.tensor([8, 10])
     out, lse = ops.exact_attention(q, k, v, scale=0.2, key_start=key_start, query_start=query_start, **option)
     for b in range(2):
         shift = int(key_start[b])
         seen = {name: int(value[b]) - shift if name == "first" else value for name, value in option.items()}
         softcap = seen.pop("softcap", None)
-        visible = sees(7, 10, query_start=int(query_start[b]) - shift, **seen)
+        visible = sees(20, 10, query_start=int(query_start[b]) - shift, **seen)
         assert_close((out[b], lse[b]), expected(q[b], k[b].double(), v[b].double(), visible, 0.2, softcap))
 
 
-# --- scores that are hard on a softmax ----------------------------------------------------------------------------------
+# --- scores that are hard on a softmax ------------------------------------------------------------------------------
 
 
 def hard_keys(kind: str, tokens: int, head_size: int) -> tuple[torch.Tensor, float]:
@@ -555,8 +570,8 @@ def hard_keys(kind: str, tokens: int, head_size: int) -> tuple[torch.Tensor, flo
 
 
 HARD = (
-    "peaked", "rising", "falling", "constant", "zero", "uniform coordinates", "one huge first", "one huge in the middle",
-    "one huge last",
+    "peaked", "rising", "falling", "constant", "zero", "uniform coordinates", "one huge first",
+    "one huge in the middle", "one huge last",
 )  # fmt: skip
 
 
@@ -625,7 +640,7 @@ def test_without_numba_the_reference_works_and_warns_once() -> None:
 
 
 def test_the_backend_is_chosen_by_device_and_can_be_overridden() -> None:
-    from kvfold.ops import cpu, reference
+    from kvfold.ops import cpu
 
     assert ops.choose(torch.device("cpu")) is cpu
     assert ops.choose(torch.device("cuda")) is reference
