@@ -96,13 +96,10 @@ def _convert(gguf: Path, folder: Path, say: Say) -> None:
     """Write config, tokenizer and de-quantised weights as an ordinary model folder."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     say("converting the weights (once, about 20 s)")
-    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 _SEED = 42
+_FEW_ROWS = 4  # fewer than this take another path in MKL, with other roundings (measured with torch 2.13)
 
 
 def _hadamard(order: int) -> NDArray[np.float64]:
@@ -54,9 +55,18 @@ def rotation(head_size: int, device: torch.device | str = "cpu") -> torch.Tensor
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Rotate the last dimension: ``[..., d]`` of any dtype to float32."""
-    return x.float() @ rotation(x.shape[-1], x.device).T
+    return _apply(x, rotation(x.shape[-1], x.device).T)
 
 
 def unrotate(y: torch.Tensor) -> torch.Tensor:
     """Undo :func:`rotate`: ``[..., d]`` of any dtype to float32."""
-    return y.float() @ rotation(y.shape[-1], y.device)
+    return _apply(y, rotation(y.shape[-1], y.device))
+
+
+def _apply(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """``x @ matrix``, each row to the same bits however many there are."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    count = rows.shape[0]
+    if rows.device.type == "cpu" and 0 < count < _FEW_ROWS:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, _FEW_ROWS - count))
+    return (rows @ matrix)[:count].view(*x.shape[:-1], matrix.shape[1])

@@ -347,7 +347,7 @@ def test_nonsense_text_is_refused(text: str) -> None:
         [4, 4],
         (4, 4),
         b"k4v4",
-        object(),
+        pytest.param(object(), id="object"),
         0,
         9,
         -4,

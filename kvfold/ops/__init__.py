@@ -142,6 +142,7 @@ def load_kv(
         return pages.new_empty(*shape, layout.head_size, dtype=torch.float32), pages.new_empty(
             *shape, layout.head_size_v, dtype=torch.float32
         )
+    _check_pages_read(pages, block_table, torch.full((len(block_table),), tokens), layout)
     k, v = choose(pages.device).load_kv(pages, block_table, layout, tokens)
     return k, v
 
@@ -194,13 +195,13 @@ def decode_attention(
     for name, positions in (("seq_lens", seq_lens), ("first", first), ("query_start", query_start)):
         if positions is not None:
             _check_integer(name, positions, (batch,), pages.device)
-    if mask is not None and (mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[:2] != q.shape[:2]):
-        raise ShapeError(f"mask is bool [B, Tq, tokens] = [{batch}, {q.shape[1]}, ...], not {_describe(mask)}")
+    _check_mask(mask, (batch, q.shape[1]), pages.device)
     _check_options(window, softcap)
-    if not batch:
+    if not (batch and q.shape[1]):
         return q.new_empty(*q.shape[:3], layout.head_size_v), q.new_empty(
-            0, q.shape[2], q.shape[1], dtype=torch.float32
+            batch, q.shape[2], q.shape[1], dtype=torch.float32
         )
+    _check_pages_read(pages, block_table, seq_lens, layout, mask)
     out, lse = choose(pages.device).decode_attention(
         q, pages, block_table, seq_lens, layout, scale=scale, first=first, query_start=query_start, lag=lag,
         window=window, softcap=softcap, mask=mask,
@@ -235,6 +236,14 @@ def exact_attention(
     Returns:
         As :func:`decode_attention`.
     """
+    if q.dim() != 4 or k.dim() != 4:
+        raise ShapeError(f"q is [B, Tq, Hq, dk] and k [B, L, H, dk], not {_describe(q)} and {_describe(k)}")
+    _check("k", k, (q.shape[0], None, None, q.shape[3]), q.device)
+    _check("v", v, (*k.shape[:3], None), q.device)
+    _check_mask(mask, tuple(q.shape[:2]), q.device)
+    for name, positions in (("key_start", key_start), ("query_start", query_start), ("first", first)):
+        if positions is not None:
+            _check_integer(name, positions, (q.shape[0],), q.device)
     _check_groups(q.shape[2], k.shape[2])
     _check_options(window, softcap)
     # plain tensor arithmetic on every device, which dynamo traces as it is
@@ -289,6 +298,9 @@ def prefill_attention(
     if k is not None and v is not None:
         _check("k", k, (q.shape[0], pages.shape[1], layout.head_size), pages.device)
         _check("v", v, (q.shape[0], pages.shape[1], layout.head_size_v), pages.device)
+    _check_mask(mask, (batch, None), pages.device)
+    _check_pages_read(pages, block_table, context_lens, layout, mask)
+    _check_chunks(cu_seqlens, context_lens, q.shape[0], k is None, mask)
     out, lse = choose(pages.device).prefill_attention(
         q, pages, block_table, context_lens, cu_seqlens, layout, scale=scale, k=k, v=v, window=window,
         softcap=softcap, mask=mask,
@@ -338,6 +350,59 @@ def _check_pages(pages: torch.Tensor, layout: PageLayout) -> None:
             f"{layout.page_size} tokens "
             f"are contiguous uint8 [num_pages, num_kv_heads, {layout.page_bytes}], not {_describe(pages)}"
         )
+
+
+def _check_mask(mask: torch.Tensor | None, wanted: tuple[int | None, ...], device: torch.device) -> None:
+    if mask is None:
+        return
+    if mask.dtype != torch.bool or mask.device != device or not _matches(mask.shape, (*wanted, None)):
+        shape = ", ".join("..." if want is None else str(want) for want in (*wanted, None))
+        raise ShapeError(f"mask is bool [{shape}] on {device}, not {_describe(mask)}")
+
+
+# What follows reads values. On a GPU that would wait for it, so there they are the caller's promise.
+
+
+def _check_pages_read(
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    lengths: torch.Tensor,
+    layout: PageLayout,
+    mask: torch.Tensor | None = None,
+) -> None:
+    """Refuse to read beyond a block table, the pages or the mask."""
+    if pages.device.type != "cpu" or not len(lengths):
+        return
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 0 or longest > block_table.shape[1] * layout.page_size:
+        raise ShapeError(
+            f"sequence lengths (seq_lens, context_lens) from {shortest} to {longest} do not fit a block_table of "
+            f"{block_table.shape[1]} pages of {layout.page_size} tokens"
+        )
+    if mask is not None and longest > mask.shape[-1]:
+        raise ShapeError(f"the mask has {mask.shape[-1]} tokens, and a sequence {longest}")
+    if block_table.numel() and not (int(block_table.min()) >= 0 and int(block_table.max()) < len(pages)):
+        raise ShapeError(f"block_table names pages outside 0 to {len(pages) - 1}")
+
+
+def _check_chunks(
+    cu_seqlens: torch.Tensor, context_lens: torch.Tensor, tokens: int, packed: bool, mask: torch.Tensor | None
+) -> None:
+    """Refuse chunks that are not cut out of the queries one after the other."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    lengths = cu_seqlens.diff()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != tokens or bool((lengths < 0).any()):
+        raise ShapeError(f"cu_seqlens rises from 0 to the {tokens} query tokens, and is {cu_seqlens.tolist()}")
+    if packed and bool((context_lens < lengths).any()):
+        raise ShapeError("context_lens includes the chunk when k and v are left out, and is shorter than a chunk")
+    if mask is not None and len(lengths):
+        longest = int(lengths.max())
+        reach = int((context_lens if packed else context_lens + lengths).max())
+        if mask.shape[1] < longest or mask.shape[2] < reach:
+            raise ShapeError(
+                f"mask is [B, longest chunk, tokens], at least [..., {longest}, {reach}], not {_describe(mask)}"
+            )
 
 
 def _check_options(window: int | None, softcap: float | None) -> None:

@@ -12,6 +12,7 @@ do in an uncompressed cache.
 from __future__ import annotations
 
 from collections import namedtuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -20,7 +21,9 @@ from numba.extending import intrinsic
 
 TILE = 16
 SPLIT_TOKENS = 512
-_MATH = {"contract", "reassoc", "nsz", "arcp", "afn"}
+# numpy's error model: a division by zero gives an infinity or NaN. Python's would raise inside a C callback, where
+# nobody catches it and the rest of the tasks is lost.
+_OPTIONS: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 
 Side = namedtuple("Side", "widths offsets row_bytes scale_offset interleaved low_planes levels pair_levels")
 """What a kernel needs to know of one side.
@@ -53,18 +56,18 @@ def _take(typingctx, counter):  # type: ignore[no-untyped-def]
     return types.int64(types.int64), codegen
 
 
-@njit
+@njit(**_OPTIONS)
 def _array(arguments, at, dtype):  # type: ignore[no-untyped-def]
     """The array that three numbers at ``at`` describe: address, number of elements (flat)."""
     return carray(_pointer(arguments[at]), (arguments[at + 1],), dtype)
 
 
-@njit
+@njit(**_OPTIONS)
 def _matrix(flat, at, rows, columns):  # type: ignore[no-untyped-def]
     return flat[at : at + rows * columns].reshape((rows, columns))
 
 
-@njit
+@njit(**_OPTIONS)
 def _side(arguments, at):  # type: ignore[no-untyped-def]
     return Side(
         _array(arguments, at, np.int64),
@@ -94,7 +97,7 @@ def _float_of_bits(typingctx, x):  # type: ignore[no-untyped-def]
     return types.float32(types.uint32), codegen
 
 
-@njit(inline="always")
+@njit(inline="always", **_OPTIONS)
 def _to_bf16(x):  # type: ignore[no-untyped-def]
     """Bits of the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = _bits_of_float(np.float32(x))
@@ -103,12 +106,12 @@ def _to_bf16(x):  # type: ignore[no-untyped-def]
     return (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
 
 
-@njit(inline="always")
+@njit(inline="always", **_OPTIONS)
 def _from_bf16(bits):  # type: ignore[no-untyped-def]
     return _float_of_bits(np.uint32(bits) << np.uint32(16))
 
 
-@njit(inline="always")
+@njit(inline="always", **_OPTIONS)
 def _byte_address(plane, row_bytes, token, byte, interleaved):  # type: ignore[no-untyped-def]
     """Where in the tile byte ``byte`` of a token's row lies; see kvfold/layout.py."""
     if interleaved:
@@ -116,23 +119,25 @@ def _byte_address(plane, row_bytes, token, byte, interleaved):  # type: ignore[n
     return plane + token * row_bytes + byte
 
 
-@njit(fastmath=_MATH)
-def _quantise(x, codes, trial, levels, thresholds, prescales, rule, bits):  # type: ignore[no-untyped-def]
+@njit(**_OPTIONS)
+def _quantise(x, codes, trial, unit, levels, thresholds, prescales, rule, bits):  # type: ignore[no-untyped-def]
     """Fill ``codes``; return the bits of the scale to store. Follows kvfold/codecs/lloyd.py step by step."""
     d = x.shape[0]
     largest = np.float32(0)
-    total = np.float32(0)
     for i in range(d):
+        if (_bits_of_float(x[i]) & np.uint32(0x7F800000)) == np.uint32(0x7F800000):  # infinite or NaN
+            for j in range(d):
+                codes[j] = 0
+            return np.uint32(0x7FC0)
         largest = max(largest, abs(x[i]))
-        total += abs(x[i])
-    if not np.isfinite(total) and not np.isfinite(_sum_of_scaled(x, largest)):
-        return np.uint32(0x7FC0)
     if largest == 0:
+        for j in range(d):
+            codes[j] = 0
         return np.uint32(0)
     squares = np.float32(0)
     for i in range(d):
-        part = x[i] / largest
-        squares += part * part
+        unit[i] = x[i] / largest
+        squares += unit[i] * unit[i]
     rms = np.sqrt(squares) / np.float32(np.sqrt(d))
     sign = np.uint8(1 << (bits - 1))
     best = np.float32(np.inf)
@@ -145,12 +150,12 @@ def _quantise(x, codes, trial, levels, thresholds, prescales, rule, bits):  # ty
         for t in range(thresholds.shape[0]):
             limit = thresholds[t]
             for i in range(d):
-                trial[i] += np.uint8(abs(x[i] / largest * inverse) > limit)
+                trial[i] += np.uint8(abs(unit[i] * inverse) > limit)
         zz = np.float32(0)
         ze = np.float32(0)
         ee = np.float32(0)
         for i in range(d):
-            z = x[i] / largest * inverse
+            z = unit[i] * inverse
             z0 = levels[trial[i]]
             if z < 0:
                 trial[i] |= sign
@@ -165,26 +170,18 @@ def _quantise(x, codes, trial, levels, thresholds, prescales, rule, bits):  # ty
             best = sine
             for i in range(d):
                 codes[i] = trial[i]
-            if rule == 1:
-                scale = scale * zz / zz0 if scale > 0 else scale
-            elif rule == 2:
-                scale = scale * np.sqrt(zz / z0z0) if scale > 0 else scale
-            elif rule == 3:
-                scale = scale * zz0 / z0z0
+            if scale > 0:
+                if rule == 1:
+                    scale = scale * zz / zz0
+                elif rule == 2:
+                    scale = scale * np.sqrt(zz / z0z0)
+                elif rule == 3:
+                    scale = scale * zz0 / z0z0
             stored = _to_bf16(scale)
     return stored
 
 
-@njit(inline="always")
-def _sum_of_scaled(x, largest):  # type: ignore[no-untyped-def]
-    """NaN or infinite exactly if a coordinate is: a plain sum of 1e38 overflows too."""
-    total = np.float32(0)
-    for i in range(x.shape[0]):
-        total += x[i] / largest
-    return total
-
-
-@njit(fastmath=_MATH)
+@njit(**_OPTIONS)
 def _write_planes(codes, tile, row, side):  # type: ignore[no-untyped-def]
     shift = np.uint32(0)
     for p in range(side.widths.shape[0]):
@@ -209,7 +206,7 @@ def _write_planes(codes, tile, row, side):  # type: ignore[no-untyped-def]
         shift += np.uint32(width)
 
 
-@njit(fastmath=_MATH)
+@njit(**_OPTIONS)
 def _read_nibbles(tile, first, last, side, nibbles):  # type: ignore[no-untyped-def]
     """Combine planes first to last of a tile into words of eight nibbles, one per eight elements.
 
@@ -240,7 +237,7 @@ def _read_nibbles(tile, first, last, side, nibbles):  # type: ignore[no-untyped-
         shift += np.uint32(width)
 
 
-@njit(fastmath=_MATH)
+@njit(**_OPTIONS)
 def _scratch(d, interleaved):  # type: ignore[no-untyped-def]
     """Buffers of :func:`_read_tile`: sixteen vectors padded to eight elements, and two of nibbles."""
     rows = (d + 7) // 8
@@ -252,7 +249,7 @@ def _scratch(d, interleaved):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(fastmath=_MATH)
+@njit(**_OPTIONS)
 def _read_tile(tile, side, scratch):  # type: ignore[no-untyped-def]
     """De-quantise the sixteen vectors of a tile (uint32 words) into ``scratch[0]``, without their scales."""
     values, low, high = scratch
@@ -290,7 +287,7 @@ def _read_tile(tile, side, scratch):  # type: ignore[no-untyped-def]
             values[t, 2 * pair + 1] = side.levels[(bytes_low[at] >> 4) | (bytes_high[at] >> 4) << 4]
 
 
-@njit(inline="always")
+@njit(inline="always", **_OPTIONS)
 def _scale_of(tile, side, t):  # type: ignore[no-untyped-def]
     if side.scale_offset < 0:
         return np.float32(1)
@@ -298,7 +295,7 @@ def _scale_of(tile, side, t):  # type: ignore[no-untyped-def]
     return _from_bf16((word >> np.uint32(16 * (t % 2))) & np.uint32(0xFFFF))
 
 
-@njit(inline="always")
+@njit(inline="always", **_OPTIONS)
 def _exp(x):  # type: ignore[no-untyped-def]
     """exp for x <= 0 to two units in the last place, in plain arithmetic so that loops over it vectorise."""
     bounded = x if x > np.float32(-87) else np.float32(-87)
@@ -317,7 +314,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     return result if x == x else x
 
 
-@njit(fastmath=_MATH)
+@njit(**_OPTIONS)
 def _split(  # type: ignore[no-untyped-def]
     q, group, pages, page_stride, block_table, begin, end, position, lag, window, softcap, mask, mask_tokens,
     tiles_per_page, tile_words, k_side, v_side, k_scratch, v_scratch, scores, out, top, total,
@@ -367,12 +364,12 @@ def _split(  # type: ignore[no-untyped-def]
         highest = top[r]
         if highest == -np.inf:
             for t in range(count):
-                scores[r, t] = 0
+                scores[r, t] = -1
         else:
             for t in range(count):
                 weight = _exp(scores[r, t] - highest)
-                scores[r, t] = weight
                 acc += weight
+                scores[r, t] = weight if scores[r, t] != -np.inf else np.float32(-1)  # -1: not seen
         total[r] = acc
     values = v_scratch[0]
     for index in range(first_tile, last_tile):
@@ -382,12 +379,15 @@ def _split(  # type: ignore[no-untyped-def]
         for t in range(max(0, begin - index * TILE), min(TILE, end - index * TILE)):
             scale = _scale_of(tile, v_side, t)
             for r in range(rows):
-                weight = scores[r, index * TILE + t - base] * scale
+                weight = scores[r, index * TILE + t - base]
+                if weight < 0:  # a NaN in V must not reach a query that does not see it
+                    continue
+                weight *= scale
                 for i in range(dv):
                     out[r, i] += weight * values[t, i]
 
 
-@njit(fastmath=_MATH)
+@njit(**_OPTIONS)
 def _merge(part_out, part_top, part_sum, splits, rows, dv, out, lse):  # type: ignore[no-untyped-def]
     for r in range(rows):
         top = np.float32(-np.inf)
@@ -413,7 +413,7 @@ def _merge(part_out, part_top, part_sum, splits, rows, dv, out, lse):  # type: i
         lse[r] = top + np.log(total)
 
 
-@cfunc(types.void(types.voidptr), cache=True)
+@cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 def store_lloyd(pointer):  # type: ignore[no-untyped-def]
     """Quantise rotated vectors y ``[T, H, d]`` and write one side of their records into the pages."""
     arguments = carray(pointer, (64,), np.int64)
@@ -427,6 +427,7 @@ def store_lloyd(pointer):  # type: ignore[no-untyped-def]
     padded = (d + 31) // 32 * 32
     codes = np.zeros(padded, dtype=np.uint8)
     trial = np.zeros(padded, dtype=np.uint8)
+    unit = np.zeros(padded, dtype=np.float32)
     while True:
         token = _take(arguments[0])
         if token >= tasks:
@@ -437,7 +438,7 @@ def store_lloyd(pointer):  # type: ignore[no-untyped-def]
         row = slot % TILE
         for head in range(heads):
             x = y[(token * heads + head) * d : (token * heads + head + 1) * d]
-            stored = _quantise(x, codes, trial, side.levels, thresholds, prescales, rule, bits)
+            stored = _quantise(x, codes, trial, unit, side.levels, thresholds, prescales, rule, bits)
             tile = pages[(slot // page_size * heads + head) * page_bytes + slot % page_size // TILE * tile_bytes :]
             _write_planes(codes, tile, row, side)
             scale_at = side.scale_offset + 2 * row
@@ -445,7 +446,7 @@ def store_lloyd(pointer):  # type: ignore[no-untyped-def]
             tile[scale_at + 1] = stored >> np.uint32(8)
 
 
-@cfunc(types.void(types.voidptr), cache=True)
+@cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 def load_tiles(pointer):  # type: ignore[no-untyped-def]
     """De-quantise consecutive tiles of one sequence into out ``[H, tiles * 16, d]``."""
     arguments = carray(pointer, (64,), np.int64)
@@ -473,7 +474,7 @@ def load_tiles(pointer):  # type: ignore[no-untyped-def]
                 out[at + i] = scratch[0][t, i] * scale
 
 
-@cfunc(types.void(types.voidptr), cache=True)
+@cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
 def decode_splits(pointer):  # type: ignore[no-untyped-def]
     """Attention of q ``[B, H, rows, dk]`` (scaled, rotated); see ops.reference.attend for who sees what.
 

@@ -102,6 +102,7 @@ def attend(
         sees nothing.
     """
     heads, group, num_queries, _ = q.shape
+    lo = max(lo, 0)
     parts = []
     for begin in range(0, num_queries, _QUERY_BLOCK):
         block = q[:, :, begin : begin + _QUERY_BLOCK]
@@ -130,14 +131,23 @@ def attend(
             p = torch.exp(scores - safe)
             fade = torch.exp(top - safe)
             total = total * fade + p.sum(-1, keepdim=True)
-            product = p @ v[:, None]
+            product = _weighted_sum(p, v[:, None], visible)
             acc = product if acc is None else acc * fade + product
             top = new_top
         if acc is None:
             acc = q.new_zeros((heads, group, rows, load(lo, lo)[1].shape[-1]))
         out = torch.where(total == 0, 0.0, acc / total)
         parts.append((out, (top + total.log()).squeeze(-1)))
+    if not parts:
+        return q.new_empty(heads, group, 0, load(lo, lo)[1].shape[-1]), q.new_empty(heads, group, 0)
     return torch.cat([out for out, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _weighted_sum(p: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """``p @ v``, but a NaN or infinity in V reaches only those queries that see its token (0 * NaN is NaN)."""
+    bad = ~torch.isfinite(v).all(-1)[..., None, :]
+    spoilt = (visible & bad).any(-1, keepdim=True)
+    return torch.where(spoilt, torch.nan, p @ torch.where(bad.transpose(-1, -2), 0.0, v))
 
 
 def _window_tokens(heads: int, head_size: int, head_size_v: int) -> int:
@@ -164,7 +174,9 @@ def decode_attention(
     batch, num_queries, num_heads, _ = q.shape
     heads = pages.shape[1]
     rotated = rotate(q) if layout.format.k.rotated else q.float()
-    rotated = (rotated * scale).view(batch, num_queries, heads, num_heads // heads, -1).permute(0, 2, 3, 1, 4)
+    rotated = (
+        (rotated * scale).view(batch, num_queries, heads, num_heads // heads, layout.head_size).permute(0, 2, 3, 1, 4)
+    )
     window_tokens = _window_tokens(heads, layout.head_size, layout.head_size_v)
     outs, lses = [], []
     for b in range(batch):
@@ -181,7 +193,7 @@ def decode_attention(
             softcap=softcap,
             mask=None if mask is None else mask[b],
         )
-        outs.append(out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, -1))
+        outs.append(out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, layout.head_size_v))
         lses.append(lse.reshape(num_heads, num_queries))
     result = torch.stack(outs)
     return (unrotate(result) if layout.format.v.rotated else result).to(q.dtype), torch.stack(lses)
@@ -225,7 +237,8 @@ def exact_attention(
         scores = torch.where(visible[:, None, None], scores, -torch.inf)
         lse = torch.logsumexp(scores, dim=-1)
         p = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1))
-        outs.append((p @ values).permute(0, 3, 1, 2, 4).flatten(2, 3))
+        mixed = _weighted_sum(p, values, visible[:, None, None])
+        outs.append(mixed.permute(0, 3, 1, 2, 4).flatten(2, 3))
         lses.append(lse.flatten(1, 2))
     return torch.cat(outs, dim=1).to(q.dtype), torch.cat(lses, dim=2)
 
