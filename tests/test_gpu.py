@@ -42,7 +42,9 @@ def test_pages_and_attention_equal_the_cpus(fmt: str, head_size: int, page_size:
 
 
 @pytest.mark.parametrize("max_length", [None, 64], ids=["dynamic", "static"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=["greedy", "beams", "chunks"])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 7}], ids=["greedy", "beams", "chunks"]
+)
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "qwen3_next", "jetmoe"])
 def test_a_lossless_cache_generates_the_same_tokens(model_type: str, options: dict, max_length: int | None) -> None:  # type: ignore[type-arg]
     model = copy.deepcopy(tiny(model_type)).to(DEVICE)
