@@ -80,7 +80,9 @@ class PagedKVCache(Sequences):
 
     def __repr__(self) -> str:
         used = self.num_pages - self.free_pages
-        return f"PagedKVCache({self.format}, {len(self.sequences)} sequences, {used} of {self.num_pages} pages in use)"
+        count = len(self.sequences)
+        many = "sequence" if count == 1 else "sequences"
+        return f"PagedKVCache({self.format}, {count} {many}, {used} of {self.num_pages} pages in use)"
 
     # --- accounting ---------------------------------------------------------------------------------------------------
 

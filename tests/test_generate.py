@@ -207,7 +207,7 @@ def test_compare_json(kvfold: Any, model: Path, prompt: Path) -> None:
     options = ("--prompt-file", prompt, "--max-new-tokens", 6, "--format", "k4v4", "bf16", "fp32", "--json")
     result = kvfold("compare", "--model", model, *options).json()
     assert list(result) == [
-        "model", "dtype", "threads", "chunk", "page_size", "prompt_tokens", "max_new_tokens", "rows",
+        "model", "dtype", "environment", "chunk", "page_size", "prompt_tokens", "max_new_tokens", "rows",
     ]  # fmt: skip
     ordinary, *packed = result["rows"]
     assert list(ordinary) == [

@@ -281,6 +281,15 @@ def test_encoder_decoders_are_refused() -> None:
         KVCache(T5Config())
 
 
+def test_a_fixed_cache_keeps_its_rows(llama) -> None:  # type: ignore[no-untyped-def]
+    cache = KVCache(llama.config, "k4v4", max_length=20)
+    logits(llama, prompt(rows=2, tokens=5)["input_ids"], cache)
+    with pytest.raises(UnsupportedModelError, match="leave max_length out"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(UnsupportedModelError, match="leave max_length out"):
+        cache.batch_select_indices(torch.tensor([0]))
+
+
 def test_skipped_layers_stay_uncompressed(llama) -> None:  # type: ignore[no-untyped-def]
     cache = KVCache(llama.config, "k4v4", skip_layers=[0])
     assert list(cache.compressed_layers) == [1]

@@ -21,6 +21,7 @@ from kvfold.commands.measure import (
     Subject,
     add_model_arguments,
     answer,
+    environment,
     load_subject,
     quiet_transformers,
     read_prompt,
@@ -30,7 +31,7 @@ from kvfold.formats import KVFormat
 from kvfold.planner import ModelShape, cache_bytes
 
 EPILOG = """\
-JSON (--json): model, dtype, threads, chunk, page_size, prompt_tokens, max_new_tokens, rows [{format, cache, text,
+JSON (--json): model, dtype, environment, chunk, page_size, prompt_tokens, max_new_tokens, rows [{format, cache, text,
 new_tokens, prefill_seconds, tokens_per_second, bytes_per_token, bytes, compressed_bytes, capacity, planned_bytes,
 planned_equal, ratio, ratio_16bit, same_tokens}]. The first row is the ordinary cache, format none; its planned_bytes,
 planned_equal and same_tokens are null. planned_bytes is the planner's figure for compressed_bytes. ratio is the
@@ -193,12 +194,10 @@ def _notes(subject: Subject, rows: list[Row]) -> list[str]:
 
 
 def _json(args: argparse.Namespace, subject: Subject, rows: list[Row]) -> str:
-    import torch
-
     result = {
         "model": args.model,
         "dtype": subject.dtype,
-        "threads": torch.get_num_threads(),
+        "environment": environment(),
         "chunk": args.chunk,
         "page_size": args.page_size,
         "prompt_tokens": rows[0].given.prompt_tokens,

@@ -56,6 +56,36 @@ def read_prompt(path: Path) -> str:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
+def environment() -> dict[str, object]:
+    """What figures depend on: versions, processor, threads, and the commit if this is a checkout of kvfold."""
+    import os
+    import platform
+    import subprocess
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    versions: dict[str, str | None] = {}
+    for name in ("torch", "transformers", "numba"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        **versions,
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model with its tokenizer."""

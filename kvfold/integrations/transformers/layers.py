@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from kvfold.errors import CapacityError, ShapeError
+from kvfold.errors import CapacityError, ShapeError, UnsupportedModelError
 from kvfold.formats import KVFormat
 from kvfold.integrations.transformers.attention import NAME, LazyPackedKV, PackedKV
 from kvfold.layout import PageLayout
 from kvfold.ops import library
 
-GROWTH = 256
+GROWTH = 128
 """Tokens by which a growing layer is enlarged. A step's copy moves packed bytes, once in that many tokens."""
 
 _SHARED_ON_COPY = ("config", "format", "layout")
@@ -371,6 +371,11 @@ class StaticPackedLayer(PackedLayer):
         if self.is_initialized:
             self.length.zero_()
             self.exact_from.zero_()
+
+    def _map_rows(self, change: Any) -> None:
+        raise UnsupportedModelError(
+            "a cache of fixed size has a fixed number of rows, which cannot be repeated or selected: leave max_length out"
+        )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for buffer in self.buffers():
