@@ -374,7 +374,8 @@ class StaticPackedLayer(PackedLayer):
 
     def _map_rows(self, change: Any) -> None:
         raise UnsupportedModelError(
-            "a cache of fixed size has a fixed number of rows, which cannot be repeated or selected: leave max_length out"
+            "a cache of fixed size has a fixed number of rows, which cannot be repeated or selected: "
+            "leave max_length out"
         )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
