@@ -13,6 +13,7 @@ from kvfold import ops
 from kvfold.layout import PageLayout
 from kvfold.ops import library
 from kvfold.ops.library import LayoutName
+from kvfold.ops.options import AttentionOptions
 
 NAME = LayoutName("k4v3", 32, 64, 16)
 """K and V differ in size, so that a fake kernel that confuses them is found out."""
@@ -90,9 +91,9 @@ def step(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """What an engine's decode step does: store its token, then attend, twice to see that pages are not cached."""
     library.store_kv(k, v, pages, slots, NAME)
-    out, lse = library.decode_attention(q * 2, pages, table, lengths, NAME, scale=0.2, window=30)
+    out, lse = library.decode_attention(q * 2, pages, table, lengths, NAME, AttentionOptions(0.2, window=30))
     library.store_kv(k.flip(0), v, pages, slots, NAME)
-    again, _ = library.decode_attention(q, pages, table, lengths, NAME, scale=0.2)
+    again, _ = library.decode_attention(q, pages, table, lengths, NAME, AttentionOptions(0.2))
     return out + again, lse
 
 
@@ -118,8 +119,10 @@ def prefill_step(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, table: torch.Tensor, bounds: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     context = torch.tensor([20, 7])
-    exact = library.prefill_attention(q, pages, table, context, bounds, NAME, scale=0.2, k=k, v=v, softcap=5.0)
-    packed = library.prefill_attention(q, pages, table, context, bounds, NAME, scale=0.2, window=5)
+    exact = library.prefill_attention(q, pages, table, context, bounds, NAME, k, v, AttentionOptions(0.2, softcap=5.0))
+    packed = library.prefill_attention(
+        q, pages, table, context, bounds, NAME, None, None, AttentionOptions(0.2, window=5)
+    )
     return (*exact, *packed, *library.load_kv(pages, table, NAME, 18))
 
 
@@ -144,7 +147,7 @@ def test_eager_calls_are_the_plain_functions(backend: str) -> None:
         "softcap": 3.0, "mask": torch.rand(2, 3, 20) < 0.7,
     }  # fmt: skip
     plain = ops.decode_attention(q, cache.pages, cache.table, cache.lengths, NAME.layout(), **options)
-    eager = library.decode_attention(q, cache.pages, cache.table, cache.lengths, NAME, **options)
+    eager = library.decode_attention(q, cache.pages, cache.table, cache.lengths, NAME, AttentionOptions(**options))
     custom = torch.ops.kvfold.decode_attention(
         q, cache.pages, cache.table, cache.lengths, NAME.format, NAME.head_size_v, NAME.page_size, *options.values()
     )

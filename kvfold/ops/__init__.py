@@ -24,6 +24,7 @@ import torch
 from kvfold.errors import FormatError, ShapeError
 from kvfold.layout import PageLayout
 from kvfold.ops import reference
+from kvfold.ops.options import AttentionOptions
 from kvfold.ops.reference import apply_sink_logits, merge_states
 
 __all__ = [
@@ -202,10 +203,8 @@ def decode_attention(
             batch, q.shape[2], q.shape[1], dtype=torch.float32
         )
     _check_pages_read(pages, block_table, seq_lens, layout, mask)
-    out, lse = choose(pages.device).decode_attention(
-        q, pages, block_table, seq_lens, layout, scale=scale, first=first, query_start=query_start, lag=lag,
-        window=window, softcap=softcap, mask=mask,
-    )  # fmt: skip
+    options = AttentionOptions(scale, first, query_start, lag, window, softcap, mask)
+    out, lse = choose(pages.device).decode_attention(q, pages, block_table, seq_lens, layout, options)
     return out, lse
 
 
@@ -247,10 +246,8 @@ def exact_attention(
     _check_groups(q.shape[2], k.shape[2])
     _check_options(window, softcap)
     # plain tensor arithmetic on every device, which dynamo traces as it is
-    return reference.exact_attention(
-        q, k, v, scale=scale, key_start=key_start, query_start=query_start, first=first, window=window,
-        softcap=softcap, mask=mask,
-    )  # fmt: skip
+    options = AttentionOptions(scale, first, query_start, 0, window, softcap, mask)
+    return reference.exact_attention(q, k, v, key_start, options)
 
 
 def prefill_attention(
@@ -301,10 +298,10 @@ def prefill_attention(
     _check_mask(mask, (batch, None), pages.device)
     _check_pages_read(pages, block_table, context_lens, layout, mask)
     _check_chunks(cu_seqlens, context_lens, q.shape[0], k is None, mask)
+    options = AttentionOptions(scale, window=window, softcap=softcap, mask=mask)
     out, lse = choose(pages.device).prefill_attention(
-        q, pages, block_table, context_lens, cu_seqlens, layout, scale=scale, k=k, v=v, window=window,
-        softcap=softcap, mask=mask,
-    )  # fmt: skip
+        q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v
+    )
     return out, lse
 
 

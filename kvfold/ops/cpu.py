@@ -20,6 +20,7 @@ from kvfold.formats import TILE, Side
 from kvfold.layout import PageLayout
 from kvfold.ops import cpu_kernels as kernels
 from kvfold.ops import cpu_threads, reference
+from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate, unrotate
 
 MAX_QUERIES = 16
@@ -123,22 +124,13 @@ def decode_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     layout: PageLayout,
-    *,
-    scale: float,
-    first: torch.Tensor | None = None,
-    query_start: torch.Tensor | None = None,
-    lag: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
-    mask: torch.Tensor | None = None,
+    options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.decode_attention`."""
     batch, num_queries, num_heads, _ = q.shape
     if not supports(layout) or num_queries > MAX_QUERIES:
-        return reference.decode_attention(
-            q, pages, block_table, seq_lens, layout, scale=scale, first=first, query_start=query_start, lag=lag,
-            window=window, softcap=softcap, mask=mask, load=load_range,
-        )  # fmt: skip
+        return reference.decode_attention(q, pages, block_table, seq_lens, layout, options, load_range)
+    scale, first, query_start, lag, window, softcap, mask = options
     heads, group = pages.shape[1], num_heads // pages.shape[1]
     rotated = rotate(q) if layout.format.k.rotated else q.float()
     queries = (
@@ -177,16 +169,11 @@ def prefill_attention(
     context_lens: torch.Tensor,
     cu_seqlens: torch.Tensor,
     layout: PageLayout,
-    *,
-    scale: float,
+    options: AttentionOptions,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.prefill_attention`."""
     return reference.prefill_attention(
-        q, pages, block_table, context_lens, cu_seqlens, layout, scale=scale, k=k, v=v, window=window, softcap=softcap,
-        mask=mask, load=load_range,
-    )  # fmt: skip
+        q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v, load_range
+    )

@@ -1,4 +1,5 @@
-"""Kernels of :mod:`kvfold.ops.cpu`, compiled by numba. No torch here.
+"""Kernels of :mod:`kvfold.ops.cpu`, compiled by numba. No torch here, and all in one file: numba's disk cache notices
+changes of the file that a compiled function stands in, not of those that it imports.
 
 Each kernel is a C function ``void(int64_t *)`` whose argument describes the arrays and scalars, so that it can run on
 torch's own pool of OpenMP threads (:mod:`kvfold.ops.cpu_threads` says why): every thread takes tasks off an atomic

@@ -12,6 +12,7 @@ import torch
 
 from kvfold import ops
 from kvfold.layout import PageLayout
+from kvfold.ops.options import AttentionOptions
 
 
 @torch.library.custom_op("kvfold::store_kv", mutates_args=("pages",))
@@ -149,25 +150,15 @@ def decode_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     name: LayoutName,
-    *,
-    scale: float,
-    first: torch.Tensor | None = None,
-    query_start: torch.Tensor | None = None,
-    lag: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
-    mask: torch.Tensor | None = None,
+    options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`kvfold.ops.decode_attention`, traceable."""
     if torch.compiler.is_compiling():
-        return torch.ops.kvfold.decode_attention(
-            q, pages, block_table, seq_lens, name.format, name.head_size_v, name.page_size, scale, first,
-            query_start, lag, window, softcap, mask,
-        )  # fmt: skip
-    return ops.decode_attention(
-        q, pages, block_table, seq_lens, name.layout(), scale=scale, first=first, query_start=query_start, lag=lag,
-        window=window, softcap=softcap, mask=mask,
-    )  # fmt: skip
+        out, lse = torch.ops.kvfold.decode_attention(
+            q, pages, block_table, seq_lens, name.format, name.head_size_v, name.page_size, *options
+        )
+        return out, lse
+    return ops.decode_attention(q, pages, block_table, seq_lens, name.layout(), **options._asdict())
 
 
 def prefill_attention(
@@ -177,20 +168,18 @@ def prefill_attention(
     context_lens: torch.Tensor,
     cu_seqlens: torch.Tensor,
     name: LayoutName,
-    *,
-    scale: float,
-    k: torch.Tensor | None = None,
-    v: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    mask: torch.Tensor | None = None,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`kvfold.ops.prefill_attention`, traceable."""
+    """:func:`kvfold.ops.prefill_attention`, traceable; of the options it takes scale, softcap, window and mask."""
+    scale, window, softcap, mask = options.scale, options.window, options.softcap, options.mask
     if torch.compiler.is_compiling():
-        return torch.ops.kvfold.prefill_attention(
+        out, lse = torch.ops.kvfold.prefill_attention(
             q, pages, block_table, context_lens, cu_seqlens, name.format, name.head_size_v, name.page_size,
             scale, k, v, window, softcap, mask,
         )  # fmt: skip
+        return out, lse
     return ops.prefill_attention(
         q, pages, block_table, context_lens, cu_seqlens, name.layout(), scale=scale, k=k, v=v, window=window,
         softcap=softcap, mask=mask,

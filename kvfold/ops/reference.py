@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
 from kvfold.formats import TILE
 from kvfold.layout import PageLayout
+from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate, unrotate
 
 WINDOW_BYTES = 64 * 2**20
@@ -160,14 +160,7 @@ def decode_attention(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     layout: PageLayout,
-    *,
-    scale: float,
-    first: torch.Tensor | None = None,
-    query_start: torch.Tensor | None = None,
-    lag: int = 0,
-    window: int | None = None,
-    softcap: float | None = None,
-    mask: torch.Tensor | None = None,
+    options: AttentionOptions,
     load: RangeLoader = load_range,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.decode_attention`."""
@@ -175,7 +168,9 @@ def decode_attention(
     heads = pages.shape[1]
     rotated = rotate(q) if layout.format.k.rotated else q.float()
     rotated = (
-        (rotated * scale).view(batch, num_queries, heads, num_heads // heads, layout.head_size).permute(0, 2, 3, 1, 4)
+        (rotated * options.scale)
+        .view(batch, num_queries, heads, num_heads // heads, layout.head_size)
+        .permute(0, 2, 3, 1, 4)
     )
     window_tokens = _window_tokens(heads, layout.head_size, layout.head_size_v)
     outs, lses = [], []
@@ -184,14 +179,14 @@ def decode_attention(
         out, lse = attend(
             rotated[b],
             partial(load, pages, block_table[b], layout),
-            0 if first is None else int(first[b]),
+            0 if options.first is None else int(options.first[b]),
             length,
-            query_start=length - num_queries if query_start is None else int(query_start[b]),
+            query_start=length - num_queries if options.query_start is None else int(options.query_start[b]),
             window_tokens=window_tokens,
-            lag=lag,
-            window=window,
-            softcap=softcap,
-            mask=None if mask is None else mask[b],
+            lag=options.lag,
+            window=options.window,
+            softcap=options.softcap,
+            mask=None if options.mask is None else options.mask[b],
         )
         outs.append(out.permute(2, 0, 1, 3).reshape(num_queries, num_heads, layout.head_size_v))
         lses.append(lse.reshape(num_heads, num_queries))
@@ -203,16 +198,12 @@ def exact_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    *,
-    scale: float,
     key_start: torch.Tensor,
-    query_start: torch.Tensor,
-    first: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    mask: torch.Tensor | None = None,
+    options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.exact_attention`. Reads nothing on the host, so that it traces and captures."""
+    scale, first, query_start, _, window, softcap, mask = options
+    assert query_start is not None
     batch, num_queries, num_heads, _ = q.shape
     length, heads = k.shape[1:3]
     queries = (q.float() * scale).unflatten(2, (heads, num_heads // heads)).permute(0, 2, 3, 1, 4)
@@ -250,13 +241,9 @@ def prefill_attention(
     context_lens: torch.Tensor,
     cu_seqlens: torch.Tensor,
     layout: PageLayout,
-    *,
-    scale: float,
+    options: AttentionOptions,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    mask: torch.Tensor | None = None,
     load: RangeLoader = load_range,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.prefill_attention`."""
@@ -267,12 +254,13 @@ def prefill_attention(
             continue
         queries, length = q[None, begin:end], context_lens[b : b + 1]
         query_start = length if k is not None else length - (end - begin)
-        part = None if mask is None else mask[b : b + 1, : end - begin]
-        options: dict[str, Any] = {"scale": scale, "query_start": query_start, "window": window, "softcap": softcap}
-        options["mask"] = part
-        out, lse = decode_attention(queries, pages, block_table[b : b + 1], length, layout, load=load, **options)
+        own = options._replace(
+            query_start=query_start,
+            mask=None if options.mask is None else options.mask[b : b + 1, : end - begin],
+        )
+        out, lse = decode_attention(queries, pages, block_table[b : b + 1], length, layout, own, load)
         if k is not None and v is not None:
-            chunk = exact_attention(queries, k[None, begin:end], v[None, begin:end], key_start=length, **options)
+            chunk = exact_attention(queries, k[None, begin:end], v[None, begin:end], length, own)
             out, lse = merge_states([(out, lse), chunk])
         outs.append(out[0])
         lses.append(lse[0])

@@ -20,6 +20,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from kvfold import ops
 from kvfold.errors import UnsupportedModelError
 from kvfold.ops import library
+from kvfold.ops.options import AttentionOptions
 
 NAME = "kvfold"
 """Name of the attention implementation. (No "sdpa" or "flash" in it: transformers reads meaning into those.)"""
@@ -238,64 +239,55 @@ def _packed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q ``[B, n, Hq, dk]`` to a layer: packed pages, exact sinks and tail, current chunk."""
     batch, n = q.shape[:2]
-    seen = None if mask is None else mask[:, 0].expand(batch, -1, -1)
+    options = AttentionOptions(scale, softcap=softcap, mask=None if mask is None else mask[:, 0].expand(batch, -1, -1))
     exact_chunk = kv.chunk == "exact" and n > 1
     if kv.sinks is None and kv.tail is None:
-        return _without_exact_tokens(q, kv, scale, softcap, seen, exact_chunk)
-    options: dict[str, Any] = {"scale": scale, "softcap": softcap, "mask": seen, "query_start": kv.start}
-    end = kv.start + n
-    num_sinks = 0 if kv.sinks is None else kv.sinks[0].shape[1]
-    after_sinks = torch.full_like(kv.start, num_sinks)
-    k_new, v_new = kv.k.transpose(1, 2), kv.v.transpose(1, 2)
+        return _without_exact_tokens(q, kv, options, exact_chunk)
 
+    def exact(
+        k: torch.Tensor, v: torch.Tensor, key_start: torch.Tensor, first: torch.Tensor, window: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.exact_attention(
+            q, k, v, scale=scale, key_start=key_start, query_start=kv.start, first=first, window=window,
+            softcap=softcap, mask=options.mask,
+        )  # fmt: skip
+
+    def packed(tokens: torch.Tensor, first: torch.Tensor, lag: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        own = options._replace(first=first, query_start=kv.start, lag=lag)
+        return library.decode_attention(q, kv.pages, kv.block_table, tokens, kv.layout, own)
+
+    end, zero = kv.start + n, torch.zeros_like(kv.start)
+    after_sinks = zero + (0 if kv.sinks is None else kv.sinks[0].shape[1])
+    k_new, v_new = kv.k.transpose(1, 2), kv.v.transpose(1, 2)
     parts = []
     if kv.sinks is not None:
         # a sink that is itself among the new tokens is seen here too, causally, and nowhere else
-        parts.append(ops.exact_attention(q, *kv.sinks, key_start=torch.zeros_like(end), **options))
+        parts.append(exact(*kv.sinks, key_start=zero, first=zero))
     if kv.tail is None:
-        packed_end = kv.start if exact_chunk else end
         if exact_chunk:
-            parts.append(ops.exact_attention(q, k_new, v_new, key_start=kv.start, first=after_sinks, **options))
-    else:
-        length = kv.tail[0].shape[1]
-        # One query slides the tail to its own end; a chunk keeps the tail before it.
-        exact_from = torch.maximum(kv.exact_from, end - length) if n == 1 else kv.exact_from
-        packed_end = exact_from
-        band = None if n == 1 or exact_chunk else length
-        parts.append(
-            ops.exact_attention(
-                q,
-                torch.cat([kv.tail[0], k_new], dim=1),
-                torch.cat([kv.tail[1], v_new], dim=1),
-                key_start=kv.start - length,
-                first=torch.maximum(exact_from, after_sinks),
-                window=band,
-                **options,
-            )
-        )
-        if band is not None:  # chunk=packed: what has slid out of a query's own tail is read packed
-            parts.append(
-                library.decode_attention(
-                    q, kv.pages, kv.block_table, end, kv.layout, lag=band,
-                    first=torch.maximum(exact_from, after_sinks), **options,
-                )
-            )  # fmt: skip
-    parts.append(
-        library.decode_attention(q, kv.pages, kv.block_table, packed_end, kv.layout, first=after_sinks, **options)
-    )
+            parts.append(exact(k_new, v_new, kv.start, after_sinks))
+        parts.append(packed(kv.start if exact_chunk else end, after_sinks))
+        return ops.merge_states(parts)
+    length = kv.tail[0].shape[1]
+    # One query slides the tail to its own end; a chunk keeps the tail before it.
+    exact_from = torch.maximum(kv.exact_from, end - length) if n == 1 else kv.exact_from
+    after_exact_from = torch.maximum(exact_from, after_sinks)
+    band = None if n == 1 or exact_chunk else length
+    k_tail, v_tail = torch.cat([kv.tail[0], k_new], dim=1), torch.cat([kv.tail[1], v_new], dim=1)
+    parts.append(exact(k_tail, v_tail, kv.start - length, after_exact_from, band))
+    if band is not None:  # chunk=packed: what has slid out of a query's own tail is read packed
+        parts.append(packed(end, after_exact_from, band))
+    parts.append(packed(exact_from, after_sinks))
     return ops.merge_states(parts)
 
 
 def _without_exact_tokens(
-    q: torch.Tensor, kv: PackedKV, scale: float, softcap: float | None, mask: torch.Tensor | None, exact_chunk: bool
+    q: torch.Tensor, kv: PackedKV, options: AttentionOptions, exact_chunk: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, n, heads = q.shape[:3]
     end = kv.start + n
     if n == 1:
-        return library.decode_attention(
-            q, kv.pages, kv.block_table, end, kv.layout, scale=scale, softcap=softcap, mask=mask
-        )
-    chunk = (kv.k.transpose(1, 2).flatten(0, 1), kv.v.transpose(1, 2).flatten(0, 1)) if exact_chunk else (None, None)
+        return library.decode_attention(q, kv.pages, kv.block_table, end, kv.layout, options)
     out, lse = library.prefill_attention(
         q.flatten(0, 1),
         kv.pages,
@@ -303,11 +295,9 @@ def _without_exact_tokens(
         kv.start if exact_chunk else end,
         torch.arange(0, batch * n + 1, n, device=q.device),
         kv.layout,
-        scale=scale,
-        k=chunk[0],
-        v=chunk[1],
-        softcap=softcap,
-        mask=mask,
+        kv.k.transpose(1, 2).flatten(0, 1) if exact_chunk else None,
+        kv.v.transpose(1, 2).flatten(0, 1) if exact_chunk else None,
+        options,
     )
     return out.unflatten(0, (batch, n)), lse.view(heads, batch, n).transpose(0, 1)
 

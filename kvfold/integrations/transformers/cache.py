@@ -250,8 +250,3 @@ def _set_attention(model: PreTrainedModel, implementation: str) -> None:
     else:
         keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
         model.set_attn_implementation(dict.fromkeys(keys, implementation))
-
-
-
-
-
