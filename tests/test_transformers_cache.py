@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from tiny_models import prompt, tiny
+from tiny_models import CONFIGS, prompt, tiny
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache
 
@@ -176,7 +176,7 @@ def test_packed_chunks_do_not_depend_on_where_they_are_cut(llama) -> None:  # ty
 
 
 @pytest.mark.parametrize("fmt", ["exact", "k4v4", "k4v4+sinks2+tail4"])
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", CONFIGS)
 def test_decoding_compiles_as_one_graph(model_type: str, fmt: str) -> None:
     model = tiny(model_type)
     attach(model)

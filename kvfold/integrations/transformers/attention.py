@@ -43,6 +43,7 @@ class PackedKV(NamedTuple):
     format: str
     page_size: int
     chunk: str  # "exact" or "packed"
+    whole: bool  # the new tokens are all there is, and are to be seen as they came
     is_value: bool
     layer: Any  # the layer, for whoever needs plain tensors; None while tracing
 
@@ -62,7 +63,8 @@ class LazyPackedKV(PackedKV):
 
     def tensor(self) -> torch.Tensor:
         """K or V ``[B, H, tokens, d]`` of all tokens, de-quantised, in the model's dtype."""
-        return self.layer.dequantised(self)[int(self.is_value)]
+        self.layer.needs_tensors = True
+        return self.own if self.whole else self.layer.dequantised(self)[int(self.is_value)]
 
     @property
     def own(self) -> torch.Tensor:
@@ -79,6 +81,8 @@ class LazyPackedKV(PackedKV):
 
     @property
     def shape(self) -> torch.Size:
+        if self.whole:
+            return self.own.shape
         batch, heads, _, size = self.own.shape
         return torch.Size((batch, heads, self.layer.visible_tokens(), size))
 
@@ -164,6 +168,9 @@ def attention_forward(
             "kvfold attention does not return attention weights: use model.set_attn_implementation('eager'), "
             "which reads the compressed cache de-quantised"
         )
+    if isinstance(key, PackedKV) and key.whole:
+        first = key
+        key, value = first.k, first.v
     if isinstance(key, PackedKV) and isinstance(value, PackedKV):
         visible = _as_bool(attention_mask)
         if position_bias is None and (visible is None or visible.shape[1] == 1):

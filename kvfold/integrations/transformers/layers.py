@@ -147,19 +147,20 @@ class PackedLayer(CacheLayerMixin):
         self._store(key_states, value_states)
         self._advance(n)
 
-        if first_chunk and self.chunk == "exact":
-            return key_states, value_states
         compiling = torch.compiler.is_compiling()
-        kind = PackedKV if compiling else LazyPackedKV
+        whole = first_chunk and self.chunk == "exact"
+        as_tensors = self.needs_tensors or self.config._attn_implementation != NAME
+        if whole and (compiling or as_tensors):
+            return key_states, value_states
+        # A first chunk is handed on as a handle too: so a model that computes with K and V shows it in its prefill,
+        # before its decoding is compiled.
         assert self.pages is not None
         assert self.block_table is not None
-        keys = kind(
+        keys = (PackedKV if compiling else LazyPackedKV)(
             self.pages.flatten(0, 1), self.block_table, start, key_states, value_states, self.sinks, tail, exact_from,
-            self.name.format, self.page_size, self.chunk, False, None if compiling else self,
+            self.name.format, self.page_size, self.chunk, whole, False, None if compiling else self,
         )  # fmt: skip
-        if self.needs_tensors or self.config._attn_implementation != NAME:
-            return self.dequantised(keys)
-        return keys, keys._replace(is_value=True)
+        return self.dequantised(keys) if as_tensors else (keys, keys._replace(is_value=True))
 
     def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         expected = (self.batch_size, self.num_heads, self.layout.head_size, self.layout.head_size_v, self.device)
@@ -218,10 +219,8 @@ class PackedLayer(CacheLayerMixin):
     def dequantised(self, kv: PackedKV) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V ``[B, H, tokens, d]`` of all tokens, for models that compute with them between cache and attention.
 
-        The new chunk (``chunk=exact``), sinks and tail are exact. Slow, and the reason is said once.
+        The new chunk (``chunk=exact``), sinks and tail are exact. Slow: it takes all tokens at every step.
         """
-        if not self.needs_tensors and self.config._attn_implementation == NAME:
-            self.needs_tensors = True
         n, tokens = kv.k.shape[2], self.visible_tokens()
         position = torch.arange(tokens, device=self.device)
         stored = library.load_kv(kv.pages, kv.block_table, self.name, tokens)
