@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One thread a worker: workers whose OpenMP threads outnumber the cores wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help run test test-all lint bench clean
+.PHONY: help run test test-slow test-all lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,8 +24,10 @@ run: $(READY)  ## answer one prompt on the ordinary and on a compressed cache
 test: $(READY)  ## the quick tests
 	@$(PYTEST) -m "not slow and not gpu"
 
-test-all: $(READY)  ## all tests that need no GPU
-	@$(PYTEST) -m "not gpu"
+test-slow: $(READY)  ## the slow tests: torch.compile with inductor, SmolLM2
+	@$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-all: test-slow test  ## all tests that need no GPU
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

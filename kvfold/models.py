@@ -50,6 +50,8 @@ def load(name: str, say: Say = lambda text: None) -> tuple[Any, Any]:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise KVFoldError(f"loading a model needs transformers ({error}): pip install 'kvfold[demo]'") from None
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UnsupportedModelError(f"cannot load model {name!r}: there is no such directory")
     path = str(_smollm2(say)) if name == SMOLLM2 else name
     say(f"loading {name}")
     try:
