@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from kvfold import KVCache, KVFormat, attach, detach
 from kvfold.errors import CapacityError, FormatError, NotBuiltError, ShapeError, UnsupportedModelError
+from kvfold.integrations.transformers import layers
 from kvfold.integrations.transformers.attention import LazyPackedKV, attention_forward
 from kvfold.planner import ModelShape, cache_bytes
 
@@ -349,6 +350,33 @@ def test_models_without_the_attention_interface_are_told(llama, caplog: pytest.L
     assert "de-quantised" in caplog.text
     wanted = llama.generate(**prompt(), max_new_tokens=6, do_sample=False)
     assert torch.equal(model.generate(**prompt(), max_new_tokens=6, do_sample=False, past_key_values=cache), wanted)
+
+
+def test_a_slow_way_of_reading_is_said_once(llama, caplog: pytest.LogCaptureFixture) -> None:  # type: ignore[no-untyped-def]
+    layers._said.clear()
+    detach(llama)
+    jetmoe = tiny("jetmoe")
+    attach(jetmoe)
+    with caplog.at_level(logging.WARNING, logger="kvfold"):
+        for model in (llama, llama, jetmoe):
+            cache = KVCache(model.config, "k4v4")
+            model.generate(**prompt(), max_new_tokens=3, do_sample=False, past_key_values=cache)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "kvfold.attach(model)" in said[0]
+    assert "computes with K and V" in said[1]
+
+
+@STATIC
+def test_sampling_and_an_assistant_model(llama, max_length: int | None) -> None:  # type: ignore[no-untyped-def]
+    for rows, options in ((2, {"do_sample": True}), (1, {"do_sample": False, "assistant_model": copy.deepcopy(llama)})):
+        results = []
+        for cache in (DynamicCache(config=llama.config), KVCache(llama.config, "exact", max_length=max_length)):
+            torch.manual_seed(3)
+            inputs = prompt(rows=rows)
+            torch.manual_seed(4)
+            results.append(llama.generate(**inputs, max_new_tokens=12, past_key_values=cache, **options))
+        assert torch.equal(*results)
 
 
 def test_for_model_takes_every_spelling(llama) -> None:  # type: ignore[no-untyped-def]

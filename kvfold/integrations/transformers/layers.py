@@ -10,6 +10,7 @@ the tail has fewer exact tokens than it could, until new ones fill it again.
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from kvfold.ops import library
 GROWTH = 128
 """Tokens by which a growing layer is enlarged. A step's copy moves packed bytes, once in that many tokens."""
 
+_log = logging.getLogger("kvfold")
+_said: set[str] = set()
 _SHARED_ON_COPY = ("config", "format", "layout")
 
 
@@ -160,7 +163,23 @@ class PackedLayer(CacheLayerMixin):
             self.pages.flatten(0, 1), self.block_table, start, key_states, value_states, self.sinks, tail, exact_from,
             self.name.format, self.page_size, self.chunk, whole, False, None if compiling else self,
         )  # fmt: skip
-        return self.dequantised(keys) if as_tensors else (keys, keys._replace(is_value=True))
+        if not as_tensors:
+            return keys, keys._replace(is_value=True)
+        if not compiling:
+            self._say_that_it_is_slow()
+        return self.dequantised(keys)
+
+    def _say_that_it_is_slow(self) -> None:
+        """Once for each reason: de-quantising everything at every step must not go unnoticed."""
+        attention = self.config._attn_implementation
+        reason = (
+            "this model computes with K and V between cache and attention"
+            if attention == NAME
+            else f"the model runs the attention {attention!r}: kvfold.attach(model) makes it read packed bytes"
+        )
+        if reason not in _said:
+            _said.add(reason)
+            _log.warning("the compressed cache is read de-quantised at every step, which is slow: %s", reason)
 
     def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         expected = (self.batch_size, self.num_heads, self.layout.head_size, self.layout.head_size_v, self.device)
