@@ -28,6 +28,7 @@ from ops_cases import (
 )
 
 from kvfold import ops
+from kvfold.errors import FormatError
 from kvfold.formats import PAGE_SIZES
 from kvfold.layout import PageLayout
 from kvfold.ops import cpu_kernels, reference
@@ -607,6 +608,7 @@ import logging, sys
 sys.modules["numba"] = None
 import torch
 from kvfold import ops
+from kvfold.errors import FormatError
 from kvfold.layout import PageLayout
 
 messages = []
@@ -627,7 +629,8 @@ assert len(messages) == 1 and messages[0][0] == "WARNING" and "numba" in message
 try:
     with ops.backend("cpu"):
         ops.decode_attention(q, pages, table, lengths, layout, scale=0.2)
-except ImportError:
+except FormatError as error:
+    assert "kvfold[cpu]" in str(error), error
     print("done")
 """
 
@@ -642,11 +645,18 @@ def test_without_numba_the_reference_works_and_warns_once() -> None:
 def test_the_backend_is_chosen_by_device_and_can_be_overridden() -> None:
     from kvfold.ops import cpu
 
-    assert ops.choose(torch.device("cpu")) is cpu
-    assert ops.choose(torch.device("cuda")) is reference
+    device, layout = torch.device("cpu"), PageLayout.of("k4v4", 64)
+    assert ops.choose(device, layout) is cpu
     with ops.backend("reference"):
-        assert ops.choose(torch.device("cpu")) is reference
+        assert ops.choose(device, layout) is reference
         with ops.backend("cpu"):
-            assert ops.choose(torch.device("cpu")) is cpu
-        assert ops.choose(torch.device("cpu")) is reference
-    assert ops.choose(torch.device("cpu")) is cpu
+            assert ops.choose(device, layout) is cpu
+        assert ops.choose(device, layout) is reference
+    assert ops.choose(device, layout) is cpu
+
+
+@pytest.mark.parametrize("name", ["cuda", "cpu"])
+def test_a_backend_that_cannot_serve_a_device_says_why(name: str) -> None:
+    device = torch.device("cpu" if name == "cuda" else "meta")
+    with ops.backend(name), pytest.raises(FormatError, match=rf"(?i){name}.*tensors are on {device}"):
+        ops.choose(device, PageLayout.of("k4v4", 128))

@@ -14,9 +14,12 @@ beyond a sequence's length, so unwritten pages and unused table entries may hold
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -39,47 +42,64 @@ __all__ = [
     "store_kv",
 ]
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 _wanted: ContextVar[str] = ContextVar("kvfold_backend", default="auto")
 
 
-def choose(device: torch.device) -> ModuleType:
-    """The implementation for a device: numba on the CPU where it is installed, the PyTorch reference elsewhere.
+def choose(device: torch.device, layout: PageLayout) -> ModuleType:
+    """The implementation for pages of a layout on a device.
 
+    On the CPU numba's kernels where numba is installed. On a GPU the CUDA kernels where the chip (sm_90) and the format
+    are those they are built for, else the Triton kernels, else the PyTorch reference, which is slow and says so once.
     Override it for a block of code with :func:`backend`.
+
+    Raises:
+        FormatError: The backend that was asked for cannot serve these pages on this device; the message says why.
     """
     wanted = _wanted.get()
-    if wanted == "reference" or (wanted == "auto" and device.type != "cpu"):
+    if wanted == "reference":
         return reference
-    if device.type != "cpu":
-        raise FormatError(f"backend {wanted!r} runs on the CPU, and the tensors are on {device}")
-    try:
-        from kvfold.ops import cpu
-    except ImportError:
-        if wanted == "cpu":
-            raise
-        return _without_numba()
-    return cpu
-
-
-def _without_numba() -> ModuleType:
-    import logging
-
-    global _warned
-    if not _warned:
-        _warned = True
-        logging.getLogger("kvfold").warning(
-            "numba is not installed: attention on the CPU runs on the slow reference; pip install 'kvfold[cpu]'"
-        )
+    if wanted != "auto":
+        reason = _why_not(wanted, device, layout)
+        if reason:
+            raise FormatError(
+                f"backend {wanted!r} cannot serve this: {reason}; ops.backend('auto') chooses one that can"
+            )
+        return _module(wanted)
+    reasons = []
+    for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        reason = _why_not(name, device, layout)
+        if not reason:
+            return _module(name)
+        reasons.append(reason)
+    _slow(device.type, str(layout.format), "; ".join(reasons))
     return reference
 
 
-_warned = False
+def _why_not(name: str, device: torch.device, layout: PageLayout) -> str | None:
+    """Why a backend cannot serve pages of a layout on a device, or None if it can."""
+    try:
+        module = _module(name)
+    except ImportError as error:
+        extra = {"cpu": "cpu", "triton": "triton", "cuda": "cuda"}[name]
+        return f"{error.name or error} is not installed (pip install 'kvfold[{extra}]')"
+    return module.available(device) or module.supports(layout)
+
+
+@lru_cache(maxsize=8)
+def _module(name: str) -> ModuleType:
+    return import_module(f"kvfold.ops.{name}")
+
+
+@lru_cache(maxsize=256)
+def _slow(device: str, fmt: str, reasons: str) -> None:
+    """Say once for each cause that the reference has to do."""
+    logging.getLogger("kvfold").warning("%s on %s runs on the slow PyTorch reference: %s", fmt, device, reasons)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Use one implementation inside a ``with`` block: ``auto``, ``reference`` or ``cpu``.
+    """Use one implementation inside a ``with`` block: ``auto``, ``reference``, ``cpu``, ``triton`` or ``cuda``.
 
     Raises:
         FormatError: The name is unknown.
@@ -115,7 +135,7 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
         return
     if pages.device.type == "cpu" and int(slots.max()) >= len(pages) * layout.page_size:
         raise ShapeError(f"slot {int(slots.max())} lies beyond the {len(pages)} pages of {layout.page_size} tokens")
-    choose(pages.device).store_kv(k, v, pages, slots, layout)
+    choose(pages.device, layout).store_kv(k, v, pages, slots, layout)
 
 
 def load_kv(
@@ -144,7 +164,7 @@ def load_kv(
             *shape, layout.head_size_v, dtype=torch.float32
         )
     _check_pages_read(pages, block_table, torch.full((len(block_table),), tokens), layout)
-    k, v = choose(pages.device).load_kv(pages, block_table, layout, tokens)
+    k, v = choose(pages.device, layout).load_kv(pages, block_table, layout, tokens)
     return k, v
 
 
@@ -162,6 +182,7 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a few query tokens per sequence to packed pages.
 
@@ -179,6 +200,8 @@ def decode_attention(
         window: Visible tokens per query, its own included.
         softcap: Scores become ``softcap * tanh(score / softcap)``.
         mask: bool ``[B, Tq, >= max(seq_lens)]``.
+        batch_invariant: Whether the bits of a sequence's result may not depend on what else is in the batch. On a GPU
+            that costs speed, as work is dealt out by sequence; the CPU's implementations always are.
 
     Returns:
         out ``[B, Tq, Hq, dv]`` in q's dtype and the model's basis, and the scores' log-sum-exp ``[B, Hq, Tq]`` in
@@ -203,8 +226,8 @@ def decode_attention(
             batch, q.shape[2], q.shape[1], dtype=torch.float32
         )
     _check_pages_read(pages, block_table, seq_lens, layout, mask)
-    options = AttentionOptions(scale, first, query_start, lag, window, softcap, mask)
-    out, lse = choose(pages.device).decode_attention(q, pages, block_table, seq_lens, layout, options)
+    options = AttentionOptions(scale, first, query_start, lag, window, softcap, mask, batch_invariant)
+    out, lse = choose(pages.device, layout).decode_attention(q, pages, block_table, seq_lens, layout, options)
     return out, lse
 
 
@@ -299,7 +322,7 @@ def prefill_attention(
     _check_pages_read(pages, block_table, context_lens, layout, mask)
     _check_chunks(cu_seqlens, context_lens, q.shape[0], k is None, mask)
     options = AttentionOptions(scale, window=window, softcap=softcap, mask=mask)
-    out, lse = choose(pages.device).prefill_attention(
+    out, lse = choose(pages.device, layout).prefill_attention(
         q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v
     )
     return out, lse

@@ -29,8 +29,17 @@ MAX_QUERIES = 16
 _RULES = {"plain": 0, "unbiased": 1, "nc": 2, "mse": 3}
 
 
-def supports(layout: PageLayout) -> bool:
-    """Whether these kernels serve a layout; otherwise the reference does."""
+def available(device: torch.device) -> str | None:
+    """Why these kernels cannot be used on a device, or None if they can."""
+    return None if device.type == "cpu" else f"it runs on the CPU, and the tensors are on {device}"
+
+
+def supports(layout: PageLayout) -> str | None:
+    """Why these kernels cannot serve a layout: never, what is kept exact is handed on to the reference."""
+    return None
+
+
+def _compiled(layout: PageLayout) -> bool:
     return not (layout.format.k.lossless or layout.format.v.lossless)
 
 
@@ -95,7 +104,7 @@ def load_range(
     pages: torch.Tensor, block_table_row: torch.Tensor, layout: PageLayout, lo: int, hi: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens lo to hi of one sequence, in the stored basis; see :func:`kvfold.ops.reference.load_range`."""
-    if not supports(layout):
+    if not _compiled(layout):
         return reference.load_range(pages, block_table_row, layout, lo, hi)
     first_tile, end_tile = lo // TILE, -(-hi // TILE)
     row = block_table_row.to(torch.int32).contiguous()
@@ -128,9 +137,9 @@ def decode_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.decode_attention`."""
     batch, num_queries, num_heads, _ = q.shape
-    if not supports(layout) or num_queries > MAX_QUERIES:
+    if not _compiled(layout) or num_queries > MAX_QUERIES:
         return reference.decode_attention(q, pages, block_table, seq_lens, layout, options, load_range)
-    scale, first, query_start, lag, window, softcap, mask = options
+    scale, first, query_start, lag, window, softcap, mask, _ = options  # the splits are fixed already
     heads, group = pages.shape[1], num_heads // pages.shape[1]
     rotated = rotate(q) if layout.format.k.rotated else q.float()
     queries = (

@@ -17,3 +17,4 @@ class AttentionOptions(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     mask: torch.Tensor | None = None
+    batch_invariant: bool = False

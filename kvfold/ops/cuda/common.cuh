@@ -1,0 +1,49 @@
+// Device helpers that the kernels share. No header of the CUDA toolkit is needed: NVRTC knows the built-in types and
+// intrinsics, and the rest is PTX.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr u32 ALL_LANES = 0xFFFFFFFFu;
+
+__device__ __forceinline__ float bf16_to_float(u32 bits) { return __uint_as_float(bits << 16); }
+
+// Nearest, ties to even, sub-normal numbers included.
+__device__ __forceinline__ u32 float_to_bf16(float x) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+    return bits;
+}
+
+// Two floats as a pair of bfloat16 or float16, the first in the low half.
+__device__ __forceinline__ u32 pack_bf16(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ u32 pack_f16(float low, float high) {
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// Bytes of a 4 x 4 matrix, a row in each word: rows become columns.
+__device__ __forceinline__ void transpose_bytes(u32 (&w)[4]) {
+    u32 a = __byte_perm(w[0], w[1], 0x5140);
+    u32 b = __byte_perm(w[2], w[3], 0x5140);
+    u32 c = __byte_perm(w[0], w[1], 0x7362);
+    u32 d = __byte_perm(w[2], w[3], 0x7362);
+    w[0] = __byte_perm(a, b, 0x5410);
+    w[1] = __byte_perm(a, b, 0x7632);
+    w[2] = __byte_perm(c, d, 0x5410);
+    w[3] = __byte_perm(c, d, 0x7632);
+}
+
+__device__ __forceinline__ void prefetch_l2(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}

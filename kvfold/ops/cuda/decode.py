@@ -1,0 +1,225 @@
+"""Decode attention by the CUDA C++ kernel in ``decode.cu``: prepares its constants and launches it once.
+
+One CTA per SM stays for the whole launch; the tokens of all sequences are dealt out evenly to its warps on the device,
+so that the grid depends on nothing but the GPU and a captured graph serves any lengths. Scratch is kept per stream:
+graphs that were captured on the same stream must not be replayed at the same time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from kvfold.codebooks import Codebook, lloyd_max
+from kvfold.errors import FormatError, ShapeError
+from kvfold.formats import Side
+from kvfold.layout import PageLayout
+from kvfold.ops.cuda import runtime
+from kvfold.ops.options import AttentionOptions
+from kvfold.rotation import rotation_matrix
+
+HEAD_SIZE = 128
+WIDTHS = (2, 3, 4)
+
+_LOG2_E = 1.4426950408889634
+_SHARED_BYTES = 227 * 1024 - 2048  # of a CTA, less what the kernel declares itself
+_WARPS = {1: 16, 2: 12}  # per CTA, by blocks of four query rows: as many as their registers allow
+_SPLITS = 16  # of a sequence in batch-invariant mode
+_INVARIANT_SCRATCH = 32 * 2**20
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_STREAMS = 64  # with scratch of their own, per device
+_MAX_COUNTERS = 16384
+
+
+def supports(layout: PageLayout) -> str | None:
+    """Why these pages cannot be attended to by the CUDA kernel, or None if they can."""
+    for name, side, size in (("K", layout.format.k, layout.head_size), ("V", layout.format.v, layout.head_size_v)):
+        if size != HEAD_SIZE:
+            return f"the CUDA kernels are built for head size {HEAD_SIZE}, and {name} has {size}"
+        if side.family != "lloyd" or side.bits not in WIDTHS:
+            return f"the CUDA kernels are built for Lloyd–Max codes of 2, 3 and 4 bits, and {name} is stored as {side}"
+    return None
+
+
+class _Params(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("pages", "table", "q", "out", "lse", "seq_lens", "first")),
+        *((name, ctypes.c_void_p) for name in ("query_start", "mask", "scratch", "counters")),
+        *((name, ctypes.c_int64) for name in ("q_stride_b", "q_stride_t", "q_stride_h")),
+        *((name, ctypes.c_int64) for name in ("mask_stride_b", "mask_stride_t")),
+        ("page_stride", ctypes.c_uint32),
+        *((name, ctypes.c_int32) for name in ("table_stride", "pages_per_sequence")),
+        *((name, ctypes.c_int32) for name in ("batch", "num_queries", "heads", "group", "row_blocks")),
+        *((name, ctypes.c_int32) for name in ("lag", "window", "minus_one", "low_nibbles", "wide", "splits", "begin")),
+        *((name, ctypes.c_float) for name in ("scale_log2", "softcap_log2", "softcap_inv")),
+    )
+
+
+# --- constants --------------------------------------------------------------------------------------------------------
+
+
+def _words(values: list[int]) -> list[str]:
+    """Eight bytes as two little-endian words."""
+    return [f"0x{int.from_bytes(bytes(v & 255 for v in values[j : j + 4]), 'little'):08x}u" for j in (0, 4)]
+
+
+def look_up(book: Codebook) -> tuple[list[str], list[str]]:
+    """The byte tables of a codebook, two words each: of codes with a clear sign bit, and of codes with a set one.
+
+    A product with the looked-up integer gives the level less one half. Below 4 bits the first table has all codes. At
+    4 bits a look-up gives 0 or -1 where the sign bit is the other (``prmt`` repeats the table byte's top bit), and the
+    sum of both is right; the second table is in reverse order, because its selectors are the complemented codes.
+    """
+    assert book.integers is not None
+    m = [int(x) for x in book.integers]
+    if book.bits < 4:
+        codes = m + [~x for x in m]
+        return _words(codes + [0] * (8 - len(codes))), _words([0] * 8)
+    if max(m) > 126:
+        raise FormatError(f"the 4-bit codebook for head size {book.head_size} does not fit 7 bits less one")
+    return _words([x + 1 for x in m]), _words([~x for x in reversed(m)])
+
+
+@lru_cache(maxsize=64)
+def constants(k: Side, v: Side) -> dict[str, int | str]:
+    """Macros that ``decode.cu`` takes from the format: widths, tables, steps, the rotation's signs."""
+    defines: dict[str, int | str] = {"KBITS": int(k.bits), "VBITS": int(v.bits)}
+    for name, side in (("K", k), ("V", v)):
+        book = lloyd_max(int(side.bits), HEAD_SIZE)
+        low, high = look_up(book)
+        defines |= {f"{name}T0": low[0], f"{name}T1": low[1], f"{name}U0": high[0], f"{name}U1": high[1]}
+        defines[f"{name}_STEP"] = f"{book.step!r}f"
+    negative = rotation_matrix(HEAD_SIZE)[0] < 0  # the first row of H is all ones, so this row is the signs
+    for i, word in enumerate(np.packbits(negative, bitorder="little").view("<u4")):
+        defines[f"SIGN{i}"] = f"0x{int(word):08x}u"
+    return defines
+
+
+@lru_cache(maxsize=256)
+def _kernel(
+    layout: PageLayout, index: int, blocks: int, dtype: torch.dtype, softcap: bool, masked: bool, fixed: bool
+) -> tuple[runtime.Kernel, int, int, int]:
+    """The kernel, its threads, its shared bytes and the floats of a partial result."""
+    warps = _WARPS[blocks]
+    fixed_part = (1024 + 32 + 256) * blocks + 64  # rotated q, weights, barriers
+    step_bytes = 2 * layout.tile_bytes
+    stages = min(8, (_SHARED_BYTES // warps // 128 * 128 - fixed_part) // step_bytes)
+    slice_bytes = -(-(stages * step_bytes + fixed_part) // 128) * 128
+    kernel = runtime.kernel(
+        "decode.cu", "decode", torch.device("cuda", index), **constants(layout.format.k, layout.format.v),
+        PAGE=layout.page_size, NB=blocks, WARPS=warps, STAGES=stages, SLICE=slice_bytes, QTYPE=_DTYPES[dtype],
+        SOFTCAP=softcap, MASKED=masked, FIXED=fixed,
+    )  # fmt: skip
+    return kernel, 32 * warps, slice_bytes * warps, blocks * 18 * 32
+
+
+# --- scratch ----------------------------------------------------------------------------------------------------------
+
+
+class _Scratch:
+    """Of one device: counters of every stream, zeroed once and left at zero by each launch, and room for partials."""
+
+    def __init__(self, index: int) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("decode_attention needs one call before a CUDA graph is captured, to set up its scratch")
+        self.sms = torch.cuda.get_device_properties(index).multi_processor_count
+        self.counters = torch.zeros(_STREAMS, _MAX_COUNTERS, dtype=torch.int32, device=torch.device("cuda", index))
+        torch.cuda.synchronize(index)
+        self.places: dict[int, int] = {}
+        self.floats: dict[int, torch.Tensor] = {}
+        self.outgrown: list[torch.Tensor] = []
+
+    def of_stream(self, stream: int, floats: int) -> tuple[int, int]:
+        """Addresses of the partials and the counters of a stream."""
+        place = self.places.setdefault(stream, len(self.places))
+        if place == _STREAMS:
+            raise RuntimeError(f"decode_attention runs on at most {_STREAMS} streams of a device in one process")
+        partials = self.floats.get(stream)
+        if partials is None or partials.numel() < floats:
+            if partials is not None:
+                self.outgrown.append(partials)  # a captured graph may write there
+            partials = self.floats[stream] = torch.empty(floats, dtype=torch.float32, device=self.counters.device)
+        return partials.data_ptr(), self.counters.data_ptr() + 4 * _MAX_COUNTERS * place
+
+
+_scratch = lru_cache(maxsize=64)(_Scratch)
+
+
+# --- the operation ----------------------------------------------------------------------------------------------------
+
+
+def decode_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    layout: PageLayout,
+    options: AttentionOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`kvfold.ops.decode_attention`. Any number of query tokens is right, few are fast."""
+    if q.stride(3) != 1 or q.data_ptr() % 16 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
+        q = q.contiguous()
+    batch, num_queries, num_heads, _ = q.shape
+    heads = pages.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, num_queries), dtype=torch.float32, device=q.device)
+    table = block_table if block_table.dtype == torch.int32 and block_table.stride(1) == 1 else _table(block_table)
+    if not table.shape[1]:
+        return out.zero_(), lse.fill_(-torch.inf)
+    mask = options.mask
+    if mask is not None and mask.stride(2) != 1:
+        mask = mask.contiguous()
+    rows = num_queries * (num_heads // heads)
+    blocks = 1 if rows <= 4 else 2
+    index = q.device.index
+    kernel, threads, shared_bytes, partial = _kernel(
+        layout, index, blocks, q.dtype, options.softcap is not None, mask is not None, options.batch_invariant
+    )
+    scratch = _scratch(index)
+    params = _Params(
+        pages=pages.data_ptr(), table=table.data_ptr(), q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(),
+        q_stride_b=q.stride(0), q_stride_t=q.stride(1), q_stride_h=q.stride(2), page_stride=pages.stride(0),
+        table_stride=table.stride(0), pages_per_sequence=table.shape[1], batch=batch, num_queries=num_queries,
+        heads=heads, group=num_heads // heads, row_blocks=-(-rows // (4 * blocks)), lag=options.lag,
+        window=options.window or 0, minus_one=-1, low_nibbles=0x0F0F0F0F, splits=_SPLITS,
+        scale_log2=options.scale * _LOG2_E,
+    )  # fmt: skip
+    kept = []  # alive until the launch is queued
+    for bit, (name, positions) in enumerate(
+        (("seq_lens", seq_lens), ("first", options.first), ("query_start", options.query_start))
+    ):
+        if positions is not None:
+            if positions.stride(0) != 1:
+                positions = positions.contiguous()
+            kept.append(positions)
+            setattr(params, name, positions.data_ptr())
+            params.wide |= (positions.dtype == torch.int64) << bit
+    if mask is not None:
+        params.mask, params.mask_stride_b, params.mask_stride_t = mask.data_ptr(), mask.stride(0), mask.stride(1)
+    if options.softcap is not None:
+        params.softcap_log2 = options.softcap * _LOG2_E
+        params.softcap_inv = 1 / params.softcap_log2
+    stream = torch.cuda.current_stream(q.device).cuda_stream
+    if not options.batch_invariant:
+        params.scratch, params.counters = scratch.of_stream(stream, scratch.sms * (2 + threads // 32) * partial)
+        kernel.launch((scratch.sms, 1, 1), threads, shared_bytes, params)
+        return out, lse
+    items = heads * params.row_blocks
+    if items > _MAX_COUNTERS:
+        raise ShapeError(
+            f"batch-invariant decode_attention takes at most {_MAX_COUNTERS * 4 * blocks // heads} query rows of a KV "
+            f"head, and {num_queries} query tokens of {num_heads // heads} heads are more; use prefill_attention"
+        )
+    at_once = max(1, min(_INVARIANT_SCRATCH // (4 * partial * _SPLITS * items), _MAX_COUNTERS // items, 65535))
+    params.scratch, params.counters = scratch.of_stream(stream, min(at_once, batch) * items * _SPLITS * partial)
+    for begin in range(0, batch, at_once):
+        params.begin = begin
+        kernel.launch((_SPLITS, items, min(at_once, batch - begin)), threads, shared_bytes, params)
+    return out, lse
+
+
+def _table(block_table: torch.Tensor) -> torch.Tensor:
+    return block_table.to(torch.int32).contiguous()

@@ -1,0 +1,608 @@
+// Stores vectors of 128 coordinates as Lloyd-Max codes of 2, 3 or 4 bits: rotate, normalise, quantise, pack, in one launch.
+//
+// Defines, for X in K and V:
+//   X_BITS      width of a code: 2, 3 or 4
+//   X_RULE      the stored scale: 0 plain, 1 unbiased, 2 nc, 3 mse
+//   X_SEARCH    1: several prescales are tried; 0: one
+//   X_TYPE      what comes in: 0 bfloat16, 1 float16, 2 float32
+//   X_VECTOR    1: a vector's coordinates are contiguous and aligned to 16 bytes
+//   X_PLANE0, X_PLANE1, X_SCALES   offsets in a tile
+//   TILE_BYTES
+//
+// A warp takes a tile of 16 tokens of one head. Lane 4 g + i works for tokens g and g + 8.
+//
+// Rotation. A coordinate's number has seven bits. H128 is the product of seven butterflies, one per bit, in any order. The
+// tensor core does those of bits 3 to 6: A is 16 tokens x 16 coordinates, B the signs of H16, times 2^-7, which keeps
+// every sum below the largest input. Bits 0 to 2 tell apart eight such products, whose results lie in the same lane, where
+// three stages of additions finish. Lane i loads coordinates with bits 3, 4 = i (so that a warp reads whole sectors) and
+// ends with those whose bits 5, 6 = i (so that its codes are whole words of every plane). Rotation's result c is y /
+// sqrt(128), so that the sum of c^2 is the mean of y^2.
+//
+// Levels are odd multiples of half the codebook's step, so thresholds are integers in that unit, and the level of z depends
+// on ceil(z) alone: a table of 257 words, the level in the upper half of each and the index in the lower. The table lies in
+// shared memory once per bank, so that 32 random look-ups do not meet. |z| is in units of 256 half-steps: multiplication
+// saturates at 1, beyond the last threshold; adding 2^15, rounded up, leaves the ceiling in the lowest bits.
+#include "common.cuh"
+
+constexpr int HEAD = 128;
+constexpr int TILE = 16;
+constexpr int WARPS = 8;
+constexpr int CELLS = 257;
+constexpr int MAX_PRESCALES = 13;
+constexpr float UNIT = 1.0f / 256;       // of a half-step
+constexpr float CEILING = 32768.0f;      // its last place is UNIT
+constexpr u32 CEILING_BITS = 0x47000000u;
+constexpr float SMALL = 8.271806e-25f;   // 2^-80: a vector with a smaller mean square is multiplied by 2^100
+constexpr float LARGE = 1.2089258e24f;    // 2^80: one with a larger by 2^-100
+constexpr float TWO_100 = 1.2676506e30f;
+constexpr u32 BF16_NAN = 0x7FC0;
+
+struct Source {
+    const void* data;
+    i64 token, head, coordinate;  // strides in elements
+};
+
+struct Target {
+    const i64* slots;
+    u8* pages;
+    i64 page_bytes;
+    int page_shift;  // a page has 2^page_shift tokens
+    int tokens, heads;
+    int align;  // 1: tiles begin where slots do
+};
+
+struct Call {
+    Source k, v;
+    Target target;
+};
+
+struct Recipe {
+    float scale_to_unit;  // 1 / (sqrt(128) step): times c / scale it is z in units of 256 half-steps
+    int prescales;
+    float prescale[MAX_PRESCALES];
+    int integers[8];  // level m is (integers[m] + 1/2) step
+};
+
+struct Format {
+    Recipe k, v;
+    u32 flips[4];  // signs of the rotation, for the four lanes of a token
+};
+
+template <int BITS_, int RULE_, bool SEARCH_, int TYPE_, bool VECTOR_, int PLANE0_, int PLANE1_, int SCALES_, bool IS_K_>
+struct Side {
+    static constexpr int BITS = BITS_, RULE = RULE_, TYPE = TYPE_, PLANE0 = PLANE0_, PLANE1 = PLANE1_, SCALES = SCALES_;
+    static constexpr bool SEARCH = SEARCH_, VECTOR = VECTOR_, IS_K = IS_K_;
+    static constexpr int LEVELS = 1 << (BITS - 1);
+    static constexpr int ITEM = TYPE == 2 ? 4 : 2;  // bytes of an incoming coordinate
+};
+typedef Side<K_BITS, K_RULE, K_SEARCH, K_TYPE, K_VECTOR, K_PLANE0, K_PLANE1, K_SCALES, true> KeySide;
+typedef Side<V_BITS, V_RULE, V_SEARCH, V_TYPE, V_VECTOR, V_PLANE0, V_PLANE1, V_SCALES, false> ValueSide;
+
+// c[bits 0-2][bit 4][2 * (token g + 8) + bit 3]: the rotated coordinates of two tokens
+typedef float Rotated[8][2][4];
+
+// --- the table --------------------------------------------------------------------------------------------------------
+
+template <class S>
+__device__ __forceinline__ void fill_table(u32* table, const Recipe& recipe) {
+    for (int cell = threadIdx.x; cell < CELLS; cell += WARPS * 32) {
+        int index = 0, m = recipe.integers[0];
+#pragma unroll
+        for (int next = 1; next < S::LEVELS; next++) {
+            if (recipe.integers[next - 1] + recipe.integers[next] + 1 < cell) {
+                index = next;
+                m = recipe.integers[next];
+            }
+        }
+        u32 word = __float_as_uint((2 * m + 1) * UNIT) | index;  // eight bits of mantissa: the lower half is free
+        uint4 four = make_uint4(word, word, word, word);
+#pragma unroll
+        for (int part = 0; part < 8; part++) {  // neighbouring lanes begin at different banks
+            reinterpret_cast<uint4*>(table)[cell * 8 + ((part + threadIdx.x) & 7)] = four;
+        }
+    }
+}
+
+// The word for |c| * factor; `lane_table` is the shared address of this lane's copy.
+__device__ __forceinline__ u32 look_up(float c, float factor, u32 lane_table) {
+    float z;
+    asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(z) : "f"(fabsf(c)), "f"(factor));
+    u32 cell = __float_as_uint(__fadd_ru(z, CEILING));
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(cell * 128 + lane_table));
+    return word;
+}
+
+__device__ __forceinline__ float level(u32 word) { return __uint_as_float(word & 0xFFFF0000u); }
+
+// --- load and rotate --------------------------------------------------------------------------------------------------
+
+template <int TYPE>
+__device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    if constexpr (TYPE == 1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    }
+}
+
+// B: +-2^-7, by the parity of the bits that an incoming and an outgoing coordinate (their bits 3 to 6) share.
+template <int TYPE>
+__device__ __forceinline__ void hadamard_16(u32 (&b)[2][2], int lane) {
+    const u32 one = TYPE == 1 ? 0x2000u : 0x3C00u;  // 2^-7
+    int g = lane >> 2, i = lane & 3;
+#pragma unroll
+    for (int tile = 0; tile < 2; tile++) {
+        int to = (g >> 1) << 2 | tile << 1 | (g & 1);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            int from = half << 3 | i;  // and with bit 2 for the upper element
+            u32 low = one | (__popc(from & to) & 1) << 15, high = one | (__popc((from | 4) & to) & 1) << 15;
+            b[tile][half] = low | high << 16;
+        }
+    }
+}
+
+// The eight coordinates 32 j + 8 i + (0 to 7) of a token, 16 bits each; `x` is at coordinate 8 i.
+template <bool VECTOR>
+__device__ __forceinline__ uint4 load_eight(const u16* x, int j, i64 stride, bool there) {
+    uint4 w = make_uint4(0, 0, 0, 0);
+    if (!there) return w;
+    if constexpr (VECTOR) return __ldg(reinterpret_cast<const uint4*>(x + 32 * j));
+    const u16* at = x + 32 * j * stride;
+    w.x = __ldg(at) | (u32)__ldg(at + stride) << 16;
+    w.y = __ldg(at + 2 * stride) | (u32)__ldg(at + 3 * stride) << 16;
+    w.z = __ldg(at + 4 * stride) | (u32)__ldg(at + 5 * stride) << 16;
+    w.w = __ldg(at + 6 * stride) | (u32)__ldg(at + 7 * stride) << 16;
+    return w;
+}
+
+template <bool VECTOR>
+__device__ __forceinline__ uint4 load_four(const u32* x, int at, i64 stride, bool there) {
+    uint4 w = make_uint4(0, 0, 0, 0);
+    if (!there) return w;
+    if constexpr (VECTOR) return __ldg(reinterpret_cast<const uint4*>(x + at));
+    x += at * stride;
+    w.x = __ldg(x);
+    w.y = __ldg(x + stride);
+    w.z = __ldg(x + 2 * stride);
+    w.w = __ldg(x + 3 * stride);
+    return w;
+}
+
+// `flips` holds the signs of the rotation: bit 15 - n and bit 31 - n those of the two coordinates in register n.
+__device__ __forceinline__ u32 flip(u32 pair, u32 flips, int n) { return pair ^ (flips << n & 0x80008000u); }
+
+template <class S>
+__device__ __forceinline__ void load_halves(Rotated& c, const void* rows[2], const bool (&there)[2], i64 stride,
+                                            const u32 (&b)[2][2], u32 flips) {
+    uint4 w[2][4];
+#pragma unroll
+    for (int row = 0; row < 2; row++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) w[row][j] = load_eight<S::VECTOR>((const u16*)rows[row], j, stride, there[row]);
+#pragma unroll
+    for (int r = 0; r < 8; r++) {
+        u32 a[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {  // row n & 1, coordinates with bit 6 = n >> 1
+            int row = n & 1, upper = n >> 1;
+            const uint4 &low = w[row][2 * upper], &high = w[row][2 * upper + 1];
+            u32 x = r < 2 ? low.x : r < 4 ? low.y : r < 6 ? low.z : low.w;
+            u32 y = r < 2 ? high.x : r < 4 ? high.y : r < 6 ? high.z : high.w;
+            a[n] = flip(__byte_perm(x, y, r & 1 ? 0x7632 : 0x5410), flips, 2 * r + upper);
+        }
+        multiply<S::TYPE>(c[r][0], a, b[0]);
+        multiply<S::TYPE>(c[r][1], a, b[1]);
+    }
+}
+
+// A float32 is the sum of three bfloat16, cut out of its mantissa: the products are exact all the same.
+template <class S>
+__device__ __forceinline__ void load_floats(Rotated& c, const void* rows[2], const bool (&there)[2], i64 stride,
+                                            const u32 (&b)[2][2], u32 flips) {
+#pragma unroll
+    for (int quarter = 0; quarter < 2; quarter++) {
+        uint4 w[2][4];
+#pragma unroll
+        for (int row = 0; row < 2; row++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                w[row][j] = load_four<S::VECTOR>((const u32*)rows[row], 32 * j + 4 * quarter, stride, there[row]);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            int r = 4 * quarter + k;
+            u32 part[3][4];
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                int row = n & 1, upper = n >> 1;
+                u32 pieces[2][3];
+#pragma unroll
+                for (int odd = 0; odd < 2; odd++) {
+                    const uint4& four = w[row][2 * upper + odd];
+                    float x = __uint_as_float(k == 0 ? four.x : k == 1 ? four.y : k == 2 ? four.z : four.w);
+#pragma unroll
+                    for (int p = 0; p < 3; p++) {
+                        pieces[odd][p] = __float_as_uint(x) & 0xFFFF0000u;
+                        x -= __uint_as_float(pieces[odd][p]);
+                    }
+                }
+#pragma unroll
+                for (int p = 0; p < 3; p++)
+                    part[p][n] = flip(pieces[0][p] >> 16 | pieces[1][p], flips, 2 * r + upper);
+            }
+#pragma unroll
+            for (int p = 2; p >= 0; p--) {  // smallest first
+                multiply<0>(c[r][0], part[p], b[0]);
+                multiply<0>(c[r][1], part[p], b[1]);
+            }
+        }
+    }
+}
+
+__device__ __forceinline__ void butterflies(Rotated& c) {
+#pragma unroll
+    for (int stage = 1; stage < 8; stage *= 2)
+#pragma unroll
+        for (int r = 0; r < 8; r++)
+            if (!(r & stage))
+#pragma unroll
+                for (int n = 0; n < 8; n++) {
+                    float x = c[r][n >> 2][n & 3], y = c[r + stage][n >> 2][n & 3];
+                    c[r][n >> 2][n & 3] = x + y;
+                    c[r + stage][n >> 2][n & 3] = x - y;
+                }
+}
+
+// --- quantise ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+__device__ __forceinline__ float square(const Rotated& c, int row) {
+    float even = 0, odd = 0;
+#pragma unroll
+    for (int r = 0; r < 8; r++)
+#pragma unroll
+        for (int b4 = 0; b4 < 2; b4++) {
+            float x = c[r][b4][2 * row], y = c[r][b4][2 * row + 1];
+            even = fmaf(x, x, even);
+            odd = fmaf(y, y, odd);
+        }
+    return quad_sum(even + odd);
+}
+
+struct Sums {
+    float z_z0, z0_z0;  // <|z|, z0> and <z0, z0>
+    float sine;         // 1 - cos^2 of the angle between z and z0
+};
+
+// The sums over one token's coordinates, from the errors e = |z| - z0: nothing cancels, so that two prescales compare right.
+__device__ __forceinline__ Sums errors(const Rotated& c, int row, float factor, float cc, u32 lane_table) {
+    float ce[2] = {0, 0}, ee[2] = {0, 0};
+#pragma unroll
+    for (int r = 0; r < 8; r++)
+#pragma unroll
+        for (int b4 = 0; b4 < 2; b4++)
+#pragma unroll
+            for (int b3 = 0; b3 < 2; b3++) {
+                float x = c[r][b4][2 * row + b3];
+                float e = fmaf(fabsf(x), factor, -level(look_up(x, factor, lane_table)));
+                ce[b3] = fmaf(fabsf(x), e, ce[b3]);
+                ee[b3] = fmaf(e, e, ee[b3]);
+            }
+    float zz = cc * factor * factor, z_e = quad_sum(ce[0] + ce[1]) * factor, e_e = quad_sum(ee[0] + ee[1]);
+    Sums sums;
+    sums.z_z0 = zz - z_e;
+    sums.z0_z0 = zz - 2 * z_e + e_e;
+    sums.sine = (zz * e_e - z_e * z_e) / (zz * sums.z0_z0);
+    return sums;
+}
+
+template <int RULE>
+__device__ __forceinline__ float stored_scale(float scale, float zz, float z_z0, float z0_z0) {
+    if (!(scale > 0)) return 0;
+    if (RULE == 1) return scale * (zz / z_z0);
+    if (RULE == 2) return scale * sqrtf(zz / z0_z0);
+    if (RULE == 3) return scale * (z_z0 / z0_z0);
+    return scale;
+}
+
+__device__ __forceinline__ u32 shift_in_sign(u32 word, float c) {
+    return __funnelshift_l(__float_as_uint(c), word, 1);
+}
+
+// The codes of one token's 32 coordinates in this lane: the lane's words of each plane, first plane first. WITH_SUMS: the
+// products of the levels on the way.
+template <class S, bool WITH_SUMS>
+__device__ __forceinline__ void encode(const Rotated& c, int row, float factor, u32 lane_table, u32 (&words)[S::BITS],
+                                       float& c_z0, float& z0_z0) {
+    float cz[2] = {0, 0}, zz[2] = {0, 0};
+#pragma unroll
+    for (int n = 0; n < S::BITS; n++) words[n] = 0;
+#pragma unroll
+    for (int b4 = 0; b4 < 2; b4++)
+#pragma unroll
+        for (int r = 7; r >= 0; r--)
+#pragma unroll
+            for (int b3 = 1; b3 >= 0; b3--) {
+                float x = c[r][b4][2 * row + b3];
+                u32 found = look_up(x, factor, lane_table);
+                if (WITH_SUMS) {
+                    if (S::RULE != 2) cz[b3] = fmaf(fabsf(x), level(found), cz[b3]);
+                    if (S::RULE >= 2) zz[b3] = fmaf(level(found), level(found), zz[b3]);
+                }
+                u32& word = words[S::BITS == 4 ? 2 * b4 + b3 : b4];
+                if (S::BITS != 3) word = shift_in_sign(word, x);
+                word = (word << (S::BITS == 4 ? 3 : S::BITS == 3 ? 2 : 1)) | (found & (S::LEVELS - 1));
+            }
+    if constexpr (S::BITS == 3) {  // the sign is a plane of its own
+#pragma unroll
+        for (int r = 7; r >= 0; r--)
+#pragma unroll
+            for (int n = 3; n >= 0; n--) words[2] = shift_in_sign(words[2], c[r][n >> 1][2 * row + (n & 1)]);
+    }
+    if (WITH_SUMS) {
+        c_z0 = quad_sum(cz[0] + cz[1]);
+        z0_z0 = quad_sum(zz[0] + zz[1]);
+    }
+}
+
+// A vector so large or small that its square leaves float32 is multiplied by a power of two. Of one that is not finite
+// `cc` becomes zero, and false comes back.
+__device__ __forceinline__ bool bring_into_range(Rotated& c, int row, float& cc, float& times, float& inverse) {
+    if (!(cc <= LARGE)) {
+        times = 1 / TWO_100;
+        inverse = TWO_100;
+    } else if (cc < SMALL) {
+        times = TWO_100;
+        inverse = 1 / TWO_100;
+    }
+#pragma unroll
+    for (int n = 0; n < 32; n++) c[n >> 2][n >> 1 & 1][2 * row + (n & 1)] *= times;
+    cc = square(c, row);
+    bool finite = cc <= __uint_as_float(0x7F7FFFFF);
+    if (!finite) cc = 0;
+    return finite;
+}
+
+__device__ __forceinline__ void clear(Rotated& c, int row) {
+#pragma unroll
+    for (int n = 0; n < 32; n++) c[n >> 2][n >> 1 & 1][2 * row + (n & 1)] = 0;
+}
+
+// --- write ------------------------------------------------------------------------------------------------------------
+
+// Words 0 to 3 of four lanes (those that differ in bits 2 and 3, the token): afterwards lane p has word p of the four tokens.
+__device__ __forceinline__ void exchange_words(u32 (&w)[4], int p) {
+#pragma unroll
+    for (int stage = 0; stage < 2; stage++) {
+        bool upper = p >> stage & 1;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            int low = stage == 0 ? 2 * n : n, high = low + (1 << stage);
+            u32 got = __shfl_xor_sync(ALL_LANES, upper ? w[low] : w[high], 4 << stage);
+            w[low] = upper ? got : w[low];
+            w[high] = upper ? w[high] : got;
+        }
+    }
+}
+
+template <int COUNT>
+__device__ __forceinline__ void write_row(u8* to, const u32* words) {
+    if constexpr (COUNT == 4) *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    if constexpr (COUNT == 2) *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+    if constexpr (COUNT == 1) *reinterpret_cast<u32*>(to) = words[0];
+}
+
+// V: the bytes of COUNT words, from word `first` of the row, one by one: the neighbours' tokens are elsewhere.
+template <int COUNT>
+__device__ __forceinline__ void scatter_bytes(u8* plane, const u32* words, int first, int token) {
+    u8* to = plane + 64 * first + (token >> 2) * 16 + (token & 3);
+#pragma unroll
+    for (int n = 0; n < COUNT; n++)
+#pragma unroll
+        for (int byte = 0; byte < 4; byte++) to[64 * n + 4 * byte] = words[n] >> 8 * byte;
+}
+
+__device__ __forceinline__ void write_four_tokens(u8* plane, u32 (&w)[4], int word, int token) {
+    transpose_bytes(w);
+    *reinterpret_cast<uint4*>(plane + 64 * word + (token >> 2) * 16) = make_uint4(w[0], w[1], w[2], w[3]);
+}
+
+struct Place {
+    u8* tile;
+    int token;
+};
+
+// V of 16 tokens that lie four by four in their tiles: each lane writes a word of four tokens, 16 bytes.
+template <class S>
+__device__ __forceinline__ void write_values(const Place (&place)[2], u32 (&words)[2][S::BITS], int lane) {
+    int i = lane & 3, p = lane >> 2 & 3;
+    if constexpr (S::BITS == 4) {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            exchange_words(words[row], p);
+            write_four_tokens(place[row].tile + S::PLANE0, words[row], 4 * i + p, place[row].token);
+        }
+    } else {
+        u32 w[4] = {words[0][0], words[0][1], words[1][0], words[1][1]};
+        exchange_words(w, p);
+        const Place mine = p >> 1 ? place[1] : place[0];
+        write_four_tokens(mine.tile + S::PLANE0, w, 2 * i + (p & 1), mine.token);
+        if constexpr (S::BITS == 3) {
+            u32 s[4] = {words[0][2], words[1][2], 0, 0};
+            exchange_words(s, p);
+            const Place mine = p & 1 ? place[1] : place[0];
+            if (p < 2) write_four_tokens(mine.tile + S::PLANE1, s, i, mine.token);
+        }
+    }
+}
+
+// --- the kernel -------------------------------------------------------------------------------------------------------
+
+// One tile: 16 tokens from `first` on, of which some may not exist.
+template <class S>
+__device__ __forceinline__ void store_tile(const Source& source, const Recipe& recipe, const Target& target, int first,
+                                           int head, const u32 (&b)[2][2], u32 flips, u32 lane_table, int lane) {
+    int g = lane >> 2, i = lane & 3;
+    bool there[2];
+    i64 slot[2];
+    const void* rows[2];
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        int token = first + g + 8 * row;
+        there[row] = (u32)token < (u32)target.tokens;
+        slot[row] = there[row] ? __ldg(target.slots + token) : -1;
+        rows[row] = (const u8*)source.data +
+                    S::ITEM * (token * source.token + head * source.head + 8 * i * (S::VECTOR ? 1 : source.coordinate));
+    }
+    Rotated c;
+#pragma unroll
+    for (int n = 0; n < 64; n++) c[n >> 3][n >> 2 & 1][n & 3] = 0;
+    if constexpr (S::TYPE == 2)
+        load_floats<S>(c, rows, there, source.coordinate, b, flips);
+    else
+        load_halves<S>(c, rows, there, source.coordinate, b, flips);
+    butterflies(c);
+
+    float cc[2] = {square(c, 0), square(c, 1)}, times[2] = {1, 1}, inverse[2] = {1, 1};
+    bool finite[2] = {true, true};
+    bool usual = cc[0] >= SMALL && cc[0] <= LARGE && cc[1] >= SMALL && cc[1] <= LARGE;
+    if (__any_sync(ALL_LANES, !usual)) {
+        finite[0] = bring_into_range(c, 0, cc[0], times[0], inverse[0]);
+        finite[1] = bring_into_range(c, 1, cc[1], times[1], inverse[1]);
+    }
+
+    // The scale of a candidate is a bfloat16 in the vector's own units; `factor` brings c to units of the table.
+    float factor[2], chosen[2];
+    float rms[2] = {sqrtf(cc[0]), sqrtf(cc[1])};
+    auto scale_of = [&](int row, float prescale) {
+        return bf16_to_float(float_to_bf16(rms[row] * prescale * inverse[row]));
+    };
+    auto factor_of = [&](int row, float scale) {
+        float scaled = scale * times[row];
+        return scaled > 0 ? recipe.scale_to_unit / scaled : 0.0f;
+    };
+    if constexpr (S::SEARCH) {
+        float best[2];
+#pragma unroll 1
+        for (int n = 0; n < recipe.prescales; n++) {
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+                float scale = scale_of(row, recipe.prescale[n]), f = factor_of(row, scale);
+                Sums sums = errors(c, row, f, cc[row], lane_table);
+                if (n == 0 || sums.sine < best[row]) {
+                    best[row] = sums.sine;
+                    factor[row] = f;
+                    chosen[row] = stored_scale<S::RULE>(scale, cc[row] * f * f, sums.z_z0, sums.z0_z0);
+                }
+            }
+        }
+    } else {
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            chosen[row] = scale_of(row, recipe.prescale[0]);
+            factor[row] = factor_of(row, chosen[row]);
+        }
+    }
+    if (__any_sync(ALL_LANES, factor[0] == 0 || factor[1] == 0)) {  // zero has no sign
+        if (factor[0] == 0) clear(c, 0);
+        if (factor[1] == 0) clear(c, 1);
+    }
+
+    u32 words[2][S::BITS];
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        float c_z0, z0_z0;
+        encode<S, !S::SEARCH && S::RULE != 0>(c, row, factor[row], lane_table, words[row], c_z0, z0_z0);
+        if constexpr (!S::SEARCH && S::RULE != 0) {
+            float f = factor[row];
+            chosen[row] = stored_scale<S::RULE>(chosen[row], cc[row] * f * f, c_z0 * f, z0_z0);
+        }
+    }
+
+    Place place[2];
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+        int offset = (int)slot[row] & ((1 << target.page_shift) - 1);
+        i64 page = slot[row] >> target.page_shift;
+        place[row].tile = target.pages + (page * target.heads + head) * target.page_bytes + (offset >> 4) * TILE_BYTES;
+        place[row].token = offset & 15;
+        if (i == 0 && slot[row] >= 0) {
+            u32 scale = finite[row] ? float_to_bf16(chosen[row]) : BF16_NAN;
+            *reinterpret_cast<u16*>(place[row].tile + S::SCALES + 2 * place[row].token) = scale;
+        }
+    }
+    constexpr int WORDS0 = S::BITS == 4 ? 4 : 2;
+    if constexpr (S::IS_K) {
+#pragma unroll
+        for (int row = 0; row < 2; row++)
+            if (slot[row] >= 0) {
+                write_row<WORDS0>(place[row].tile + S::PLANE0 + place[row].token * 16 * WORDS0 + 4 * WORDS0 * i, words[row]);
+                if constexpr (S::BITS == 3)
+                    write_row<1>(place[row].tile + S::PLANE1 + place[row].token * 16 + 4 * i, words[row] + 2);
+            }
+    } else {
+        bool together = true;
+#pragma unroll
+        for (int row = 0; row < 2; row++) {
+            i64 begin = slot[row] - (g & 3), leader = __shfl_sync(ALL_LANES, begin, lane & ~12);
+            together &= slot[row] >= 0 && (begin & 3) == 0 && begin == leader;
+        }
+        if (__all_sync(ALL_LANES, together)) {
+            write_values<S>(place, words, lane);
+        } else {
+#pragma unroll
+            for (int row = 0; row < 2; row++)
+                if (slot[row] >= 0) {
+                    scatter_bytes<WORDS0>(place[row].tile + S::PLANE0, words[row], WORDS0 * i, place[row].token);
+                    if constexpr (S::BITS == 3)
+                        scatter_bytes<1>(place[row].tile + S::PLANE1, words[row] + 2, i, place[row].token);
+                }
+        }
+    }
+}
+
+template <class S>
+__device__ __forceinline__ void store_side(const Source& source, const Recipe& recipe, const Target& target,
+                                           const u32* flips, u32* table) {
+    int lane = threadIdx.x & 31, tile = blockIdx.x + gridDim.x * (threadIdx.x >> 5);
+    // Tiles begin where slots do, as far as the first slot tells: then V is written four tokens at a time.
+    int shift = target.align ? (int)__ldg(target.slots) & 3 : 0;
+    int tiles = (target.tokens + shift + TILE - 1) / TILE * target.heads;
+    auto prefetch = [&](int which) {
+        int token = which / target.heads * TILE - shift + (lane >> 1), head = which % target.heads;
+        if (S::VECTOR && which < tiles && (u32)token < (u32)target.tokens) {
+            const u8* row = (const u8*)source.data + S::ITEM * (token * source.token + head * source.head);
+            for (int line = lane & 1; line < HEAD * S::ITEM / 128; line += 2) prefetch_l2(row + 128 * line);
+        }
+    };
+    prefetch(tile);
+    fill_table<S>(table, recipe);
+    u32 b[2][2];
+    hadamard_16<S::TYPE>(b, lane);
+    u32 mine = flips[lane & 3];
+    u32 lane_table = (u32)__cvta_generic_to_shared(table) + 4 * lane - CEILING_BITS * 128;
+    __syncthreads();
+    for (; tile < tiles; tile += gridDim.x * WARPS) {
+        prefetch(tile + gridDim.x * WARPS);
+        int first = tile / target.heads * TILE - shift;
+        store_tile<S>(source, recipe, target, first, tile % target.heads, b, mine, lane_table, lane);
+    }
+}
+
+extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void store(const __grid_constant__ Call call,
+                                                                 const __grid_constant__ Format format) {
+    __shared__ __align__(16) u32 table[CELLS * 32];
+    if (blockIdx.y == 0)
+        store_side<KeySide>(call.k, format.k, call.target, format.flips, table);
+    else
+        store_side<ValueSide>(call.v, format.v, call.target, format.flips, table);
+}

@@ -1,0 +1,212 @@
+"""What the kernels are told about one side of a layout: numbers for the compiler, and small tensors.
+
+The kernels are specialised for a :class:`Packed` value, which travels as one compile-time argument. Tables and matrices
+are made once per device.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from kvfold.codebooks import INT8_BITS, lloyd_max
+from kvfold.codecs.lloyd import prescale_candidates, tables
+from kvfold.layout import PageLayout
+from kvfold.ops.triton.unpack import INTERPRETED
+from kvfold.rotation import rotation_matrix
+
+RULES = {"plain": 0, "unbiased": 1, "nc": 2, "mse": 3}
+
+
+class Packed(NamedTuple):
+    """One side of a layout, as the kernels see it.
+
+    A *unit* is what a thread loads of one token's K at once: ``fields`` consecutive coordinates, so that coordinate
+    ``fields * u + f`` is field f of unit u. Field by field, units are columns of a matrix product. A head is cut into
+    at least 16 of them, the smallest contraction of a tensor core. (V is loaded by four tokens: ``pairs`` bytes wide.)
+
+    Attributes:
+        bits: Width of a code.
+        head_size: Coordinates of a vector.
+        padded: The power of two that head_size is padded to in tiles.
+        is_value: Whether the planes are interleaved by four tokens (V) or token-major (K).
+        widths: Bits of each plane.
+        planes: Offset in the tile of each plane, in bytes.
+        row_bytes: Bytes of a token's row in each plane.
+        scales: Offset in the tile of the scales.
+        fields: Coordinates of a unit of K.
+        unit_bytes: Bytes of a unit in a plane of 4 or 8 bits.
+        units: Units of a vector of K, padded to a power of two.
+        pairs: Bytes of a vector of V in a plane of 4 or 8 bits, padded to a power of two.
+        table: Up to 4 bits: the odd integers ``2 m + 1`` of the magnitudes, eight bytes as two int32.
+        unpack: Up to 4 bits on NVIDIA: for each byte of a word, the instructions that look up its two codes.
+    """
+
+    bits: int
+    head_size: int
+    padded: int
+    is_value: bool
+    widths: tuple[int, ...]
+    planes: tuple[int, ...]
+    row_bytes: tuple[int, ...]
+    scales: int
+    fields: int
+    unit_bytes: int
+    units: int
+    pairs: int
+    table: tuple[int, ...]
+    unpack: tuple[str, ...]
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
+@lru_cache(maxsize=256)
+def packed(layout: PageLayout, is_value: bool) -> Packed:
+    """One side of a layout."""
+    side, head_size, planes, scales = (
+        (layout.format.v, layout.head_size_v, layout.v_planes, layout.v_scales)
+        if is_value
+        else (layout.format.k, layout.head_size, layout.k_planes, layout.k_scales)
+    )
+    bits = int(side.bits)
+    per_byte = 1 if bits == 8 else 2
+    unit_bytes = 4 // per_byte * per_byte
+    while unit_bytes > 1 and power_of_two(-(-head_size // (unit_bytes * per_byte))) < 16:
+        unit_bytes //= 2
+    fields = unit_bytes * per_byte
+    table: tuple[int, ...] = ()
+    unpack: tuple[str, ...] = ()
+    if bits <= INT8_BITS:
+        integers = lloyd_max(bits, head_size).integers
+        assert integers is not None
+        magnitudes = [int(m) for m in integers] * (8 // len(integers))
+        table = struct.unpack("<2i", bytes(2 * m + 1 for m in magnitudes))
+        if not INTERPRETED.value and torch.version.hip is None:
+            unpack = tuple(_look_up(bits, magnitudes, byte) for byte in range(4))
+    return Packed(
+        bits=bits,
+        head_size=head_size,
+        padded=max(32, power_of_two(head_size)),
+        is_value=is_value,
+        widths=side.planes(),
+        planes=planes,
+        row_bytes=side.plane_bytes(head_size),
+        scales=scales,
+        fields=fields,
+        unit_bytes=unit_bytes,
+        units=max(16, power_of_two(-(-head_size // fields))),
+        pairs=max(16, power_of_two(-(-head_size // (4 * per_byte)) * 4)),
+        table=table,
+        unpack=unpack,
+    )
+
+
+def _look_up(bits: int, magnitudes: list[int], byte: int) -> str:
+    """PTX: the levels of two words' codes in one byte, as two pairs of bfloat16 (low nibbles, high nibbles).
+
+    The codes are the selectors of prmt, a look-up in eight bytes. A byte ``0x80 | m`` under the byte 0x43 is the
+    bfloat16 256 + 2 m; 255 less is the odd integer 2 m + 1, exactly. The sign bit is shifted into place.
+    """
+    low, high = (sum((0x80 | m) << 8 * i for i, m in enumerate(four)) for four in (magnitudes[:4], magnitudes[4:]))
+    mine, other = byte, 4 + byte
+    both = mine | other << 4 | other << 8 | other << 12
+    index = 0x1111 * ((1 << (bits - 1)) - 1)
+    return f"""{{
+        .reg .b32 codes, index, bytes, even, odd, one, bias, signs;
+        prmt.b32 codes, $2, $3, {both:#x};
+        and.b32 index, codes, {index:#x};
+        prmt.b32 bytes, {low:#x}, {high:#x}, index;
+        prmt.b32 even, bytes, 0x43434343, 0x4240;
+        prmt.b32 odd, bytes, 0x43434343, 0x4341;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 bias, 0xc37fc37f;
+        fma.rn.bf16x2 even, even, one, bias;
+        fma.rn.bf16x2 odd, odd, one, bias;
+        shl.b32 signs, codes, {16 - bits};
+        and.b32 signs, signs, 0x80008000;
+        xor.b32 $0, even, signs;
+        shl.b32 signs, codes, {12 - bits};
+        and.b32 signs, signs, 0x80008000;
+        xor.b32 $1, odd, signs;
+    }}"""
+
+
+def unit_level(bits: int, head_size: int) -> float:
+    """What the kernels' levels are to be multiplied by: half the codebook's step, or 1 above 4 bits."""
+    return lloyd_max(bits, head_size).step / 2 if bits <= INT8_BITS else 1.0
+
+
+@lru_cache(maxsize=256)
+def split_levels(bits: int, head_size: int, device: torch.device) -> torch.Tensor:
+    """int32 ``[2^bits]``: each level as two bfloat16, its rounding in the upper half and what that lacks below."""
+    levels = tables(bits, head_size, device)[0]
+    main = levels.bfloat16()
+    rest = (levels - main.float()).bfloat16()
+    return main.view(torch.int16).int() << 16 | (rest.view(torch.int16).int() & 0xFFFF)
+
+
+@lru_cache(maxsize=256)
+def full_levels(bits: int, head_size: int, device: torch.device) -> torch.Tensor:
+    """float32 ``[2^bits]``: the level of every code."""
+    return tables(bits, head_size, device)[0]
+
+
+@lru_cache(maxsize=256)
+def thresholds(bits: int, head_size: int, device: torch.device) -> torch.Tensor:
+    """float32 ``[max(1, 2^(bits-1) - 1)]``: where the index of the magnitude rises."""
+    found = tables(bits, head_size, device)[1]
+    return found if len(found) else found.new_full((1,), torch.inf)
+
+
+@lru_cache(maxsize=64)
+def prescales(count: int, device: torch.device) -> torch.Tensor:
+    """float32 ``[count]``: the prescales to try, in order."""
+    return torch.tensor(prescale_candidates(count), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=256)
+def rotation_terms(
+    head_size: int, device: torch.device, inverse: bool = False, fields: int = 1, units: int = 0
+) -> tuple[torch.Tensor, float]:
+    """The rotation as a sum of bfloat16 matrices, and a factor: a row vector x becomes ``factor * (x @ sum)``.
+
+    For heads of a power of two it is one matrix of signs, and the factor is their norm. Others take three, which
+    together are as exact as float32.
+
+    Args:
+        inverse: Un-rotate instead.
+        fields: With ``units``: the columns' order, ``f * units + u`` being coordinate ``fields * u + f``.
+
+    Returns:
+        ``[1 or 3, padded, padded or fields * units]``, zeros beyond the head, and the factor.
+    """
+    padded = max(32, power_of_two(head_size))
+    units = units or padded
+    column = torch.arange(fields * units)
+    coordinate = column % units * fields + column // units
+    rotation = torch.from_numpy(rotation_matrix(head_size))
+    matrix = torch.zeros(padded, fields * units, dtype=torch.float64)
+    inside = coordinate < head_size
+    matrix[:head_size, inside] = (rotation if inverse else rotation.T)[:, coordinate[inside]]
+    if not head_size & (head_size - 1):
+        return matrix.sign().to(device=device, dtype=torch.bfloat16)[None], head_size**-0.5
+    terms = []
+    for _ in range(3):
+        terms.append(matrix.bfloat16())
+        matrix = matrix - terms[-1].double()
+    return torch.stack(terms).to(device), 1.0
+
+
+@lru_cache(maxsize=256)
+def inverse_matrix(head_size: int, device: torch.device) -> torch.Tensor:
+    """R padded with zeros, float32 ``[padded, padded]``: a row vector y is un-rotated to ``y @ R``."""
+    padded = max(32, power_of_two(head_size))
+    matrix = torch.zeros(padded, padded, dtype=torch.float64)
+    matrix[:head_size, :head_size] = torch.from_numpy(rotation_matrix(head_size))
+    return matrix.to(device=device, dtype=torch.float32)

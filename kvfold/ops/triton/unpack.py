@@ -1,0 +1,185 @@
+# mypy: disable-error-code="no-untyped-def, import-untyped"
+"""Packed bytes to levels, in registers: what the attention kernels and ``load_kv`` share.
+
+Levels of up to 4 bits are the odd integers ``2 m + 1`` with a sign, which bfloat16 holds exactly; the codebook's half
+step goes into the scores and the output. Wider levels are the sum of two bfloat16.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether kernels run in Triton's interpreter, which has no bfloat16 products and no inline assembly."""
+
+
+@triton.jit
+def multiply(a, b, acc):
+    """``acc + a @ b`` of bfloat16 tiles, in float32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def to_bfloat16(x):
+    """Round float32 to the nearest bfloat16, ties to even, which the interpreter's own cast does not."""
+    if INTERPRETED:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def convert(x, dtype: tl.constexpr):
+    """Round a float32 tile to another floating dtype."""
+    if dtype == tl.bfloat16:
+        return to_bfloat16(x)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def split(x):
+    """A float32 tile as the sum of two bfloat16 tiles."""
+    main = to_bfloat16(x)
+    return main, to_bfloat16(x - main.to(tl.float32))
+
+
+# --- words: codes of eight coordinates, aligned in the nibbles of a word ----------------------------------------------
+
+
+@triton.jit
+def k_words(pages, tile, token, S: tl.constexpr, plane: tl.constexpr):
+    """A plane's codes of K ``[units, tokens]``, each nibble (or byte) one coordinate's, other bits zero.
+
+    ``pages`` points to elements of S.unit_bytes; ``tile`` ``[tokens]`` is each token's tile in that measure.
+    """
+    width: tl.constexpr = S.widths[plane]
+    unit = tl.arange(0, S.units)
+    if width >= 4:
+        column = unit
+    else:
+        octet = unit // (4 // S.unit_bytes)
+        column = octet // (4 // width) * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
+    row = tile + (S.planes[plane] + token * S.row_bytes[plane]) // S.unit_bytes
+    address = pages + row[None, :] + column[:, None]
+    if S.units * S.fields > S.head_size:
+        words = tl.load(address, mask=(unit * S.fields < S.head_size)[:, None], other=0).to(tl.int32)
+    else:
+        words = tl.load(address).to(tl.int32)
+    if width < 4:
+        words = words >> (octet % (4 // width) * width)[:, None]
+        words = words & (0x11111111 * ((1 << width) - 1))
+    return words
+
+
+@triton.jit
+def v_words(pages, tile, four, S: tl.constexpr, plane: tl.constexpr):
+    """A plane's codes of V ``[groups of four tokens, pairs]``: byte t of a word has two coordinates of token t, or one.
+
+    ``pages`` points to int32; ``tile`` is each group's tile in that measure and ``four`` its place there, 0 to 3.
+    """
+    width: tl.constexpr = S.widths[plane]
+    pair = tl.arange(0, S.pairs)
+    word = pair // 4
+    if width < 4:
+        octet = word
+        word = octet // (4 // width)
+    row = tile + (S.planes[plane] // 4 + four * 4)
+    address = pages + row[:, None] + (word * 16 + pair % 4)[None, :]
+    per_byte: tl.constexpr = 1 if S.bits == 8 else 2
+    if S.pairs * per_byte > S.head_size:
+        words = tl.load(address, mask=(pair * per_byte < S.head_size)[None, :], other=0)
+    else:
+        words = tl.load(address)
+    if width < 4:
+        words = words >> (octet % (4 // width) * width)[None, :]
+        words = words & (0x11111111 * ((1 << width) - 1))
+    return words
+
+
+@triton.jit
+def table_level(code, S: tl.constexpr):
+    """Codes of up to 4 bits to levels in bfloat16, without instructions of any vendor's own."""
+    index = code & ((1 << (S.bits - 1)) - 1)
+    four = tl.where(index < 4, S.table[0], S.table[1]) if S.bits == 4 else S.table[0]
+    odd = ((four >> (index % 4 * 8)) & 255).to(tl.float32)
+    return tl.where((code & (1 << (S.bits - 1))) != 0, -odd, odd).to(tl.bfloat16)
+
+
+@triton.jit
+def byte_levels(words, S: tl.constexpr, byte: tl.constexpr):
+    """Levels in one byte of words of up to 4 bits: of the low and of the high nibble."""
+    if len(S.unpack) > 0:
+        low, high = tl.inline_asm_elementwise(
+            S.unpack[byte], "=r,=r,r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    else:
+        low = table_level(words >> (8 * byte), S)
+        high = table_level(words >> (8 * byte + 4), S)
+    return low, high
+
+
+@triton.jit
+def wide_code(w0, w1, w2, S: tl.constexpr, byte: tl.constexpr, half: tl.constexpr):
+    """Codes of 5 to 8 bits in one byte of the words of up to three planes: of one nibble, or at 8 bits of the byte."""
+    if S.bits == 8:
+        return (w0 >> (8 * byte)) & 255
+    else:
+        code = (w0 >> (8 * byte + 4 * half)) & 15
+        code |= ((w1 >> (8 * byte + 4 * half)) & 15) << 4
+        if len(S.widths) > 2:
+            code |= ((w2 >> (8 * byte + 4 * half)) & 15) << 6
+        return code
+
+
+@triton.jit
+def two_levels(levels, code):
+    """Codes of any width to levels as two tiles of bfloat16, from a table of pairs."""
+    pair = tl.load(levels + code)
+    main = (pair & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return main, (pair << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+# --- coordinates one by one: a tile in any shape ----------------------------------------------------------------------
+
+
+@triton.jit
+def codes_of(pages, tile, token, coordinate, S: tl.constexpr):
+    """Codes by coordinate: ``tile`` (in bytes), ``token`` and ``coordinate`` broadcast to the shape of the result."""
+    code = _plane_codes(pages, tile, token, coordinate, S, 0)
+    for plane in tl.static_range(1, len(S.widths)):
+        code = code | _plane_codes(pages, tile, token, coordinate, S, plane)
+    return code
+
+
+@triton.jit
+def _plane_codes(pages, tile, token, coordinate, S: tl.constexpr, plane: tl.constexpr):
+    """What a plane has of the codes, at its place in them."""
+    width: tl.constexpr = S.widths[plane]
+    before: tl.constexpr = bits_before(S.widths, plane)
+    if width == 8:
+        byte = coordinate
+        shift = coordinate * 0
+    else:
+        byte = coordinate // (32 // width) * 4 + coordinate % 8 // 2
+        shift = coordinate % 2 * 4 + coordinate // 8 % (4 // width) * width
+    if S.is_value:
+        address = byte // 4 * 64 + token // 4 * 16 + byte % 4 * 4 + token % 4
+    else:
+        address = token * S.row_bytes[plane] + byte
+    found = tl.load(pages + tile + (S.planes[plane] + address), mask=coordinate < S.head_size, other=0).to(tl.int32)
+    return ((found >> shift) & ((1 << width) - 1)) << before
+
+
+@triton.constexpr_function
+def bits_before(widths, plane):
+    """Bits of a code in the planes before this one."""
+    return sum(widths[:plane])
