@@ -33,8 +33,10 @@ lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(READY)  ## the figures of `make run` as JSON
-	@$(BIN)/kvfold compare --json
+bench: $(READY)  ## the kernels beside others on a CUDA device; without one the figures of `make run` as JSON
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/kvfold bench --json benchmarks/results/bench.json --plot benchmarks/results/bench.png; \
+	else $(BIN)/kvfold compare --json; fi
 
 clean:  ## remove .venv and every cache in this folder
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

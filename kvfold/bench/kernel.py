@@ -1,0 +1,98 @@
+"""A kernel that is ready to be timed, and what it is prepared from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kvfold.bench.cases import Case, DecodeCase
+from kvfold.errors import KVFoldError
+
+L2_MULTIPLE = 4
+"""The calls of one replay touch this many times the L2, unless :data:`MAX_COPIES` is reached first."""
+MAX_COPIES = 64
+"""More calls in a replay tell nothing more: what a replay itself costs is spread over 64 then."""
+
+
+class Unavailable(KVFoldError):
+    """A kernel cannot take part in a case; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every kernel of a run is prepared with.
+
+    Attributes:
+        device: The CUDA device.
+        l2_bytes: Size of its L2 cache.
+        page_size: Tokens in a page, of every paged cache.
+    """
+
+    device: torch.device
+    l2_bytes: int
+    page_size: int
+
+    def copies(self, call_bytes: int) -> int:
+        """How many copies of its data a kernel gets: enough that they exceed the L2 by :data:`L2_MULTIPLE`."""
+        return max(1, min(MAX_COPIES, -(-L2_MULTIPLE * self.l2_bytes // max(call_bytes, 1))))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way of doing a case.
+
+    Attributes:
+        calls: What is timed: each does the whole case, and each on a copy of the data of its own.
+        bytes: What the rate counts, per call: for attention the cache's bytes, for a store what is read and written.
+        note: What is worth knowing about how it was called.
+    """
+
+    calls: Sequence[Callable[[], object]]
+    bytes: int
+    note: str = ""
+
+
+Prepare = Callable[[Case, Setting], Sequence[Kernel]]
+"""Allocates and returns the variants of a contender, of which the fastest counts; raises :class:`Unavailable`."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that can do cases.
+
+    Attributes:
+        name: What the table calls it.
+        prepare: See :data:`Prepare`.
+        ours: Whether it is kvfold's: then a failure of it fails the run.
+    """
+
+    name: str
+    prepare: Prepare
+    ours: bool = False
+
+
+def block_tables(case: DecodeCase, copies: int, page_size: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    """Page tables of no pattern, int32 ``[copies, B, P]``, over disjoint pages; and how many pages there are.
+
+    Entries beyond a sequence's end are page 0.
+    """
+    counts = torch.tensor(case.pages(page_size), device=device)
+    total = copies * int(counts.sum())
+    order = torch.randperm(total, device=device, dtype=torch.int32)
+    used = torch.arange(int(counts.max()), device=device) < counts[:, None]
+    tables = torch.zeros(copies, *used.shape, dtype=torch.int32, device=device)
+    tables[used.expand_as(tables)] = order
+    return tables, total
+
+
+def queries(case: DecodeCase, device: torch.device) -> torch.Tensor:
+    """Normal bfloat16 queries ``[B, Tq, Hq, d]``."""
+    shape = (case.batch, case.query_tokens, case.num_heads, case.head_size)
+    return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+
+def lengths(case: DecodeCase, device: torch.device) -> torch.Tensor:
+    """Sequence lengths, int32 ``[B]``."""
+    return torch.tensor(case.lengths, device=device, dtype=torch.int32)
