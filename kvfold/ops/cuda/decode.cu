@@ -47,7 +47,7 @@ struct Params {
     const void* first;
     const void* query_start;
     const u8* mask;
-    float* scratch;   // [CTAs, 2, PARTIAL], then [warps, PARTIAL]
+    float* scratch;   // partial results of CTAs [grid, 2], then of warps [grid, WARPS, 2]; FIXED: of CTAs alone [grid]
     u32* counters;    // [CTAs]: all zero before and after
     i64 q_stride_b, q_stride_t, q_stride_h;
     i64 mask_stride_b, mask_stride_t;
@@ -492,23 +492,24 @@ __device__ __forceinline__ void move_references(State& S, int nb, const float (&
     }
 #pragma unroll
     for (int k = 4; k < 32; k <<= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, k));
+    // where the scores' reference rises the weights shrink, and their reference with them: the integers stay as they are
     const float drop = now - S.top[nb];
-    int shift = drop < 31.f ? (int)drop : 31;
-    float limit = S.limit[nb];
-    if (fresh) {
+    float limit = S.limit[nb] * ex2(-drop);
+    int shift = shrink ? 3 : 0;
+    if (fresh || limit < 1e-30f) { // nothing was summed, or nothing that is left
         limit = fminf(most * HEADROOM, 3e38f);
+        shift = 31;
     } else {
-        int more = shrink ? 3 : 0;
-        if (most > limit) more += (int)ceilf(fminf(lg2(most) - lg2(limit), 250.f)) + 2;
-        limit = fminf(limit * ex2((float)more), 3e38f);
-        shift = min(shift + more, 31);
+        if (most > limit) shift += (int)ceilf(lg2(most) - lg2(limit)) + 2;
+        limit = fminf(limit * ex2((float)shift), 3e38f);
+        shift = min(shift, 31);
     }
     S.top[nb] = now;
     S.limit[nb] = limit;
     S.factor[nb] = limit > 0.f ? __fdividef(65534.f, limit) : 0.f;
     S.total[nb] *= ex2(-drop);
-    if (__all_sync(~0u, shift == 0 || fresh)) return;
-    if (fresh) shift = 0; // this lane's row has no part in it
+    if (fresh) shift = 0;
+    if (__all_sync(~0u, shift == 0)) return;
     const u32 half = (1u << shift) >> 1;
     S.weights[nb] = (S.weights[nb] + half) >> shift;
 #pragma unroll
@@ -986,7 +987,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         // the ring is still in use if there is more to come
         float* place = (float*)slice;
 #if !FIXED
-        if (done + steps < to) place = P.scratch + ((i64)gridDim.x * SLOTS + (i64)cta_slot * WARPS + warp) * PARTIAL;
+        // one place for what is kept until the end, another for what is finished at once
+        if (done + steps < to)
+            place = P.scratch + ((i64)gridDim.x * SLOTS + ((i64)cta_slot * WARPS + warp) * 2 + (begins && finished)) * PARTIAL;
 #endif
         save(S, place, lane);
         __syncwarp();

@@ -204,7 +204,7 @@ def decode_attention(
         params.softcap_inv = 1 / params.softcap_log2
     stream = torch.cuda.current_stream(q.device).cuda_stream
     if not options.batch_invariant:
-        params.scratch, params.counters = scratch.of_stream(stream, scratch.sms * (2 + threads // 32) * partial)
+        params.scratch, params.counters = scratch.of_stream(stream, scratch.sms * (2 + 2 * threads // 32) * partial)
         kernel.launch((scratch.sms, 1, 1), threads, shared_bytes, params)
         return out, lse
     items = heads * params.row_blocks
