@@ -32,6 +32,16 @@ __device__ __forceinline__ u32 pack_f16(float low, float high) {
     return pair;
 }
 
+// The largest power of two not above x, which is not negative, as far as it and its reciprocal are normal numbers.
+__device__ __forceinline__ float power_below(float x) {
+    u32 exponent = __float_as_uint(x) & 0x7F800000u;
+    exponent = exponent < 0x00800000u ? 0x00800000u : exponent > 0x7E800000u ? 0x7E800000u : exponent;
+    return __uint_as_float(exponent);
+}
+
+// Of such a power.
+__device__ __forceinline__ float reciprocal(float power) { return __uint_as_float(0x7F000000u - __float_as_uint(power)); }
+
 // Bytes of a 4 x 4 matrix, a row in each word: rows become columns.
 __device__ __forceinline__ void transpose_bytes(u32 (&w)[4]) {
     u32 a = __byte_perm(w[0], w[1], 0x5140);

@@ -6,6 +6,8 @@
 // A warp takes a tile of 16 tokens of one head, K and V. A lane turns eight neighbouring coordinates of a token, one nibble
 // each, into 16 bytes, so that sixteen lanes write a whole row. All loads of a tile are issued before the first is used.
 //
+// With `peaks`, K and V are divided by the power of two below their largest scale, so that they fit float16.
+//
 // Levels are odd multiples of half the codebook's step, up to 255, so they are exact as bfloat16. Two look-ups with prmt,
 // four codes each, give their upper and lower bytes; the product with the scale is rounded once, to the output's type.
 #include "common.cuh"
@@ -30,6 +32,7 @@ struct Window {
     const int* lengths;
     u8* k;  // [batch, heads, tokens, 128]
     u8* v;
+    float* peaks;  // largest finite |scale| of K and of V, or null
     int page_shift;
     int batch, heads, tokens;
 };
@@ -103,6 +106,7 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, 3) void expand(const __grid_
 
     // The scale of token `lane`, K's for the first sixteen lanes and V's for the others.
     float scale = bf16_to_float(__ldg((const u16*)(tile + K_SCALES) + lane)) * (pair ? v_levels.unit : k_levels.unit);
+    if (window.peaks) scale *= reciprocal(power_below(window.peaks[pair]));
     if (eight >= stored) scale = 0;
     u32 k_word0[8], k_word1[8];
     uint4 v_words0[2], v_words1[2];
@@ -139,4 +143,29 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, 3) void expand(const __grid_
             if (token < wanted) *reinterpret_cast<uint4*>(v_out + token * 2 * HEAD) = eight_values;
         }
     }
+}
+
+// The largest finite scales of the windows' tokens, into peaks, which are zero or more before. Floats that are not negative
+// are in the order of their bits.
+extern "C" __global__ __launch_bounds__(WARPS * 32) void peaks(const __grid_constant__ Window window) {
+    int lane = threadIdx.x & 31, tiles = (window.tokens + TILE - 1) / TILE;
+    u32 largest = 0;
+    for (int item = blockIdx.x * WARPS + (threadIdx.x >> 5); item < tiles * window.heads * window.batch;
+         item += gridDim.x * WARPS) {
+        int row = item / tiles, first = item % tiles * TILE, b = row / window.heads, head = row % window.heads;
+        int position = __ldg(window.starts + b) + first;
+        if ((lane & 15) >= __ldg(window.lengths + b) - position) continue;
+        i64 entry = b * window.table_stride + (position >> window.page_shift);
+        i64 page = WIDE_TABLE ? __ldg((const i64*)window.table + entry) : (i64)__ldg((const int*)window.table + entry);
+        int inside = position & ((1 << window.page_shift) - 1);
+        const u8* tile =
+            window.pages + (page * window.heads + head) * window.page_bytes + (inside / TILE) * TILE_BYTES;
+        u32 scale = (u32)__ldg((const u16*)(tile + K_SCALES) + lane) << 16 & 0x7FFFFFFFu;
+        if (scale < 0x7F800000u && scale > largest) largest = scale;
+    }
+    for (int k = 1; k < 16; k <<= 1) {
+        u32 other = __shfl_xor_sync(ALL_LANES, largest, k);
+        if (other > largest) largest = other;
+    }
+    if ((lane & 15) == 0) atomicMax((u32*)window.peaks + (lane >> 4), largest);
 }

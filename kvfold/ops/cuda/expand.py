@@ -53,6 +53,7 @@ class _Window(ctypes.Structure):
         ("lengths", ctypes.c_void_p),
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
+        ("peaks", ctypes.c_void_p),
         ("page_shift", ctypes.c_int32),
         ("batch", ctypes.c_int32),
         ("heads", ctypes.c_int32),
@@ -91,6 +92,7 @@ def _defines(layout: PageLayout, dtype: torch.dtype, wide_table: bool) -> dict[s
 
 class _Plan(NamedTuple):
     kernel: runtime.Kernel
+    peaks: runtime.Kernel
     k: _Levels
     v: _Levels
 
@@ -99,8 +101,10 @@ class _Plan(NamedTuple):
 def _plan(layout: PageLayout, dtype: torch.dtype, wide_table: bool, device: torch.device) -> _Plan:
     if reason := supports(layout):
         raise FormatError(f"{reason}; use ops.backend('auto'), which chooses an implementation that can")
+    defines = _defines(layout, dtype, wide_table)
     return _Plan(
-        runtime.kernel("expand.cu", "expand", device, **_defines(layout, dtype, wide_table)),
+        runtime.kernel("expand.cu", "expand", device, **defines),
+        runtime.kernel("expand.cu", "peaks", device, **defines),
         _levels(layout.format.k),
         _levels(layout.format.v),
     )
@@ -119,6 +123,7 @@ def expand_window(
     v_out: torch.Tensor,
     *,
     tokens: int,
+    peaks: torch.Tensor | None = None,
 ) -> None:
     """De-quantise ``tokens`` tokens of every sequence, from a start of its own, into ``k_out`` and ``v_out``.
 
@@ -131,6 +136,8 @@ def expand_window(
         lengths: int32 ``[B]``: tokens of each sequence; rows of the window from there on become zero.
         k_out: bf16 or f16 ``[B, H, tokens, 128]``, contiguous: K in the stored basis, rotated.
         v_out: The same for V.
+        peaks: float32 ``[2]`` of :func:`find_peaks`: K and V are divided by the power of two below their peak. Default:
+            they are not divided.
 
     Raises:
         FormatError: The layout is not supported.
@@ -166,6 +173,7 @@ def expand_window(
             lengths.data_ptr(),
             k_out.data_ptr(),
             v_out.data_ptr(),
+            None if peaks is None else peaks.data_ptr(),
             layout.page_size.bit_length() - 1,
             batch,
             heads,
@@ -174,3 +182,32 @@ def expand_window(
         plan.k,
         plan.v,
     )
+
+
+def find_peaks(
+    pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout, starts: torch.Tensor, lengths: torch.Tensor,
+    *, tokens: int, dtype: torch.dtype = torch.float16,
+) -> torch.Tensor:  # fmt: skip
+    """The largest finite scales of K and of V among the windows' tokens, float32 ``[2]``; arguments as of
+    :func:`expand_window`, ``dtype`` of the windows that will be expanded."""
+    plan = _plan(layout, dtype, block_table.dtype == torch.int64, pages.device)
+    peaks = torch.zeros(2, dtype=torch.float32, device=pages.device)
+    plan.peaks.launch(
+        (min(264, -(-tokens // (TILE * _WARPS)) * pages.shape[1] * len(block_table)), 1, 1),
+        32 * _WARPS,
+        0,
+        _Window(
+            pages=pages.data_ptr(),
+            table=block_table.data_ptr(),
+            table_stride=block_table.stride(0),
+            page_bytes=layout.page_bytes,
+            starts=starts.data_ptr(),
+            lengths=lengths.data_ptr(),
+            peaks=peaks.data_ptr(),
+            page_shift=layout.page_size.bit_length() - 1,
+            batch=len(block_table),
+            heads=pages.shape[1],
+            tokens=tokens,
+        ),
+    )
+    return peaks

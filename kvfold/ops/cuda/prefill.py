@@ -1,13 +1,14 @@
 """Prefill attention on Hopper: windows of the packed prefix are expanded, and a library's dense attention reads them.
 
 Chunks of hundreds of tokens are bound by the matrix products, and nothing that a hand-written kernel could save is
-worth what the libraries' kernels have gained there. So a window of at most 64 MiB of the prefix is de-quantised into
-bfloat16 (``expand.cu``, in the rotated basis), cuDNN's or FlashAttention's kernel attends to it, and partial results
-are joined by their log-sum-exp and un-rotated (``merge.cu``). Queries are rotated by a product with the Hadamard matrix
-of +1/8 and -1/8, which every dtype holds exactly. Chunks of a few tokens go to the decode kernel.
+worth what the libraries' kernels have gained there. So a window of at most 64 MiB of the prefix is de-quantised
+(``expand.cu``, in the rotated basis), cuDNN's or FlashAttention's kernel attends to it with rotated queries, and
+partial results are un-rotated and joined by their log-sum-exp (``prefill.cu``). Chunks of a few tokens go to the decode
+kernel.
 
-Rounding: rotated q, the window's K and V and its result are rounded to q's dtype, in bfloat16 by 2^-9 each. For normal
-scores that is 4e-3 of the result, for peaked ones more; what is exact in a dense cache of bfloat16 is no better.
+Windows are float16 whatever q is: bfloat16 would add 2^-9 to every K, V and rotated q, and 4e-3 and more to the result.
+For float16's range K and V are divided by a power of two below their largest scale, and the powers come back with q and
+with the result. A token whose V is 2^-20 of the largest is lost in that; one whose K is small has a small score.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -22,9 +24,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import runtime
 from kvfold.ops.cuda.decode import constants, decode_attention
-from kvfold.ops.cuda.expand import expand_window
+from kvfold.ops.cuda.expand import expand_window, find_peaks
 from kvfold.ops.options import AttentionOptions
-from kvfold.rotation import rotation_matrix
 
 WINDOW_BYTES = 64 * 2**20
 """Of a de-quantised window: K and V of all heads."""
@@ -32,7 +33,7 @@ WINDOW_BYTES = 64 * 2**20
 _FEW_ROWS = 64  # query rows of a KV head up to which the decode kernel is faster
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
-_NORM = 8 / 128**0.5  # of the matrix below
+_ROOM = 64.0  # rotated queries are divided by it, see prefill.cu
 
 State = tuple[torch.Tensor, torch.Tensor]
 """Partial result of a chunk: out ``[n, Hq, 128]`` and log-sum-exp ``[n, Hq]``, of any strides."""
@@ -55,12 +56,6 @@ def _on_host(lengths: torch.Tensor) -> list[int]:
 
 
 # --- pieces -----------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=64)
-def _hadamard(device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The rotation times sqrt(128) / 8, ``[128, 128]`` of +1/8 and -1/8, which every dtype holds exactly."""
-    return (torch.from_numpy(rotation_matrix(128) * 128**0.5).round() / 8).to(device=device, dtype=dtype)
 
 
 def _dense(
@@ -92,38 +87,79 @@ class _Part(ctypes.Structure):
     )
 
 
+class _Rotate(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "out", "peaks")),
+        *((name, ctypes.c_int64) for name in ("q_row", "q_head")),
+        *((name, ctypes.c_int32) for name in ("rows", "heads")),
+    )
+
+
+class _Kernels(NamedTuple):
+    rotate: runtime.Kernel
+    merge: runtime.Kernel
+    merge_params: type[ctypes.Structure]
+
+
 @lru_cache(maxsize=64)
-def _merge_kernel(
-    layout: PageLayout, rotated: int, parts: int, dtype: torch.dtype, index: int
-) -> tuple[runtime.Kernel, type[ctypes.Structure]]:
-    class Params(ctypes.Structure):
+def _kernels(layout: PageLayout, rotated: int, parts: int, dtype: torch.dtype, index: int) -> _Kernels:
+    class Merge(ctypes.Structure):
         _fields_ = (
             ("parts", _Part * parts),
-            *((name, ctypes.c_void_p) for name in ("out", "lse")),
+            *((name, ctypes.c_void_p) for name in ("out", "lse", "peaks")),
             *((name, ctypes.c_int64) for name in ("lse_row", "lse_head")),
             *((name, ctypes.c_int32) for name in ("rows", "heads")),
         )
 
-    signs = {n: v for n, v in constants(layout.format.k, layout.format.v).items() if n.startswith("SIGN")}
-    kernel = runtime.kernel(
-        "merge.cu", "merge", torch.device("cuda", index),
-        PARTS=parts, ROTATED=rotated, QTYPE=_DTYPES[dtype], **signs,
+    device = torch.device("cuda", index)
+    defines: dict[str, int | str] = {"PARTS": parts, "ROTATED": rotated, "QTYPE": _DTYPES[dtype]}
+    defines |= {n: v for n, v in constants(layout.format.k, layout.format.v).items() if n.startswith("SIGN")}
+    rotate_kernel, merge_kernel = (
+        runtime.kernel("prefill.cu", entry, device, **defines) for entry in ("rotate", "merge")
+    )
+    return _Kernels(rotate_kernel, merge_kernel, Merge)
+
+
+def rotate(q: torch.Tensor, peaks: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """q ``[n, Hq, 128]`` rotated, times the power of two below K's peak, divided by 64: float16 ``[Hq, n, 128]``."""
+    if q.stride(2) != 1 or q.data_ptr() % 8 or q.stride(0) % 4 or q.stride(1) % 4:
+        q = q.contiguous()
+    count, heads, _ = q.shape
+    out = torch.empty((heads, count, 128), dtype=torch.float16, device=q.device)
+    _kernels(layout, 1, 1, q.dtype, q.device.index).rotate.launch(
+        (-(-count * heads // 8), 1, 1), 256, 0,
+        _Rotate(q.data_ptr(), out.data_ptr(), peaks.data_ptr(), q.stride(0), q.stride(1), count, heads),
     )  # fmt: skip
-    return kernel, Params
+    return out
 
 
-def merge(rotated: list[State], plain: list[State], layout: PageLayout, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Join partial results, in the pages' basis and in the model's, into out ``[n, Hq, 128]``, contiguous, and lse
-    ``[n, Hq]``, of any strides, in the model's basis."""
+def merge(
+    rotated: list[State],
+    plain: list[State],
+    peaks: torch.Tensor | None,
+    layout: PageLayout,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Join partial results into out ``[n, Hq, 128]``, contiguous, and lse ``[n, Hq]``, of any strides.
+
+    Args:
+        rotated: Float16 results over windows: rotated and divided by the power of two below V's peak.
+        plain: Results in out's dtype and the model's basis.
+        peaks: Those of the windows; None if there are none.
+    """
     states = rotated + plain
-    kernel, params = _merge_kernel(layout, len(rotated), len(states), out.dtype, out.device.index)
+    kernels = _kernels(layout, len(rotated), len(states), out.dtype, out.device.index)
     parts = (_Part * len(states))(
         *(_Part(o.data_ptr(), s.data_ptr(), o.stride(0), o.stride(1), s.stride(0), s.stride(1)) for o, s in states)
     )
     rows, heads = lse.shape
-    kernel.launch(
+    kernels.merge.launch(
         (-(-rows * heads // 8), 1, 1), 256, 0,
-        params(parts, out.data_ptr(), lse.data_ptr(), lse.stride(0), lse.stride(1), rows, heads),
+        kernels.merge_params(
+            parts, out.data_ptr(), lse.data_ptr(), None if peaks is None else peaks.data_ptr(), lse.stride(0),
+            lse.stride(1), rows, heads,
+        ),
     )  # fmt: skip
 
 
@@ -156,10 +192,10 @@ def prefill_attention(
         if begin == end:
             continue
         chunk = None if k is None or v is None else (k[begin:end], v[begin:end])
-        rotated, plain = _sequence(
+        rotated, plain, peaks = _sequence(
             q[begin:end], pages, block_table[b : b + 1], contexts[b], context_lens[b : b + 1], layout, options, chunk
         )
-        merge(rotated, plain, layout, out[begin:end], lse[:, begin:end].T)
+        merge(rotated, plain, peaks, layout, out[begin:end], lse[:, begin:end].T)
     return out, lse
 
 
@@ -179,57 +215,47 @@ def _sequence(
     layout: PageLayout,
     options: AttentionOptions,
     chunk: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[list[State], list[State]]:
-    """The partial results of one sequence's chunk, in the pages' basis and in the model's."""
+) -> tuple[list[State], list[State], torch.Tensor | None]:
+    """The partial results of one sequence's chunk, in the pages' basis and in the model's, and the prefix's peaks."""
     count, num_heads, _ = q.shape
-    group = num_heads // pages.shape[1]
-    # first, as it is long enough for the host to prepare the rest meanwhile
-    plain = [] if chunk is None else [_causal(q, *chunk, options.scale)]
-    if count * group <= _FEW_ROWS:
-        if context:
-            start = context_len if chunk is not None else context_len - count
-            few = options._replace(query_start=start)
-            out, lse = decode_attention(q[None], pages, table, context_len, layout, few)
-            plain.append((out[0], lse[0].T))
-        return [], plain
-    prefix = context if chunk is not None else context - count
-    if not context:
-        return [], plain
-    rotated, scale = q @ _hadamard(q.device, q.dtype).T, options.scale * _NORM
-    packed = _prefix(rotated, pages, table, prefix, layout, scale)
-    if chunk is None:  # the chunk's own tokens are read from the pages too
-        own = _expand(pages, table, layout, prefix // 16 * 16, context, q.dtype)
-        own_k, own_v = (x[0, :, prefix % 16 :].transpose(0, 1) for x in own)
-        packed.append(_causal(rotated, own_k, own_v, scale))
-    return packed, plain
-
-
-def _prefix(
-    rotated: torch.Tensor, pages: torch.Tensor, table: torch.Tensor, tokens: int, layout: PageLayout, scale: float
-) -> list[State]:
-    """Attention to the first tokens of a sequence, all of which every query sees, window by window."""
-    count, num_heads, _ = rotated.shape
     heads = pages.shape[1]
+    # first, as it is long enough for the host to prepare the rest meanwhile
+    plain = [] if chunk is None else [_causal(q.transpose(0, 1), *chunk, options.scale)]
+    if not context:
+        return [], plain, None
+    if count * num_heads // heads <= _FEW_ROWS:
+        start = context_len if chunk is not None else context_len - count
+        few = options._replace(query_start=start)
+        out, lse = decode_attention(q[None], pages, table, context_len, layout, few)
+        return [], [*plain, (out[0], lse[0].T)], None
+    prefix = context if chunk is not None else context - count
+    whole = _range(pages.device, 0), _range(pages.device, context)
+    peaks = find_peaks(pages, table, layout, *whole, tokens=context)
+    queries, scale = rotate(q, peaks, layout), options.scale * _ROOM
     # without a mask, the query heads of a group are just more queries of their KV head
-    folded = rotated.view(count, heads, num_heads // heads, 128).permute(1, 2, 0, 3).reshape(1, heads, -1, 128)
-    window = WINDOW_BYTES // (2 * heads * 128 * rotated.element_size()) // 16 * 16
-    states = []
-    for start in range(0, tokens, window):
-        end = min(start + window, tokens)
-        k, v = _expand(pages, table, layout, start, end, rotated.dtype)
-        out, lse = _dense(folded, k, v, False, scale)
-        out = out.view(heads, num_heads // heads, count, 128).permute(2, 0, 1, 3)
-        states.append((out.flatten(1, 2), lse.view(num_heads, count).T))
-    return states
+    folded = queries.view(1, heads, -1, 128)
+    window = WINDOW_BYTES // (4 * heads * 128) // 16 * 16
+    rotated = []
+    for begin in range(0, prefix, window):
+        out, lse = _dense(
+            folded, *_expand(pages, table, layout, begin, min(begin + window, prefix), peaks), False, scale
+        )
+        rotated.append((out.view(num_heads, count, 128).transpose(0, 1), lse.view(num_heads, count).T))
+    if chunk is None:  # the chunk's own tokens are read from the pages too
+        own = _expand(pages, table, layout, prefix // 16 * 16, context, peaks)
+        own_k, own_v = (x[0, :, prefix % 16 :].transpose(0, 1) for x in own)
+        rotated.append(_causal(queries, own_k, own_v, scale))
+    return rotated, plain, peaks
 
 
 def _expand(
-    pages: torch.Tensor, table: torch.Tensor, layout: PageLayout, start: int, end: int, dtype: torch.dtype
+    pages: torch.Tensor, table: torch.Tensor, layout: PageLayout, start: int, end: int, peaks: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens start (a multiple of 16) to end of one sequence: K and V ``[1, H, end - start, 128]``."""
-    k, v = (torch.empty((1, pages.shape[1], end - start, 128), dtype=dtype, device=pages.device) for _ in range(2))
+    """Tokens start (a multiple of 16) to end of one sequence: K and V float16 ``[1, H, end - start, 128]``."""
+    shape = (1, pages.shape[1], end - start, 128)
+    k, v = (torch.empty(shape, dtype=torch.float16, device=pages.device) for _ in range(2))
     starts, lengths = _range(pages.device, start), _range(pages.device, end)
-    expand_window(pages, table, layout, starts, lengths, k, v, tokens=end - start)
+    expand_window(pages, table, layout, starts, lengths, k, v, tokens=end - start, peaks=peaks)
     return k, v
 
 
@@ -239,8 +265,8 @@ def _range(device: torch.device, position: int) -> torch.Tensor:
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> State:
-    """A chunk's attention to itself: q ``[n, Hq, 128]``, k and v ``[n, H, 128]``."""
-    group = q.shape[1] // k.shape[1]
+    """A chunk's attention to itself: q ``[Hq, n, 128]``, k and v ``[n, H, 128]``."""
+    group = q.shape[0] // k.shape[1]
     keys, values = (x.to(q.dtype).transpose(0, 1).repeat_interleave(group, dim=0).unsqueeze(0) for x in (k, v))
-    out, lse = _dense(q.transpose(0, 1).unsqueeze(0), keys, values, True, scale)
+    out, lse = _dense(q.unsqueeze(0), keys, values, True, scale)
     return out[0].transpose(0, 1), lse[0].T
