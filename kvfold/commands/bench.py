@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-rivals", action="store_true", help="kvfold's own kernels alone")
     parser.add_argument("--page-size", type=int, choices=PAGE_SIZES, default=64, help="tokens in a page (%(default)s)")
     parser.add_argument("--replays", type=whole, default=30, metavar="N", help="in each of two rounds (%(default)s)")
-    parser.add_argument("--commit", metavar="ID", help="what to record where the checkout is not a git repository")
+    parser.add_argument("--commit", metavar="ID", help="what to record instead of what git says")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write JSON")
     parser.add_argument("--show", type=Path, metavar="FILE", help="measure nothing: show, and plot, an earlier --json")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the decode shapes (PNG, SVG or PDF)")
@@ -167,7 +167,7 @@ def _environment(commit: str | None) -> dict[str, object]:
     import torch
 
     facts: dict[str, object] = {"kvfold": __version__, **environment()}
-    facts["commit"] = facts["commit"] or commit or os.environ.get("KVFOLD_COMMIT")
+    facts["commit"] = commit or os.environ.get("KVFOLD_COMMIT") or facts["commit"]
     for name in ("triton", "vllm"):
         try:
             facts[name] = version(name)

@@ -760,11 +760,6 @@ __device__ __forceinline__ int4 next_item(const Params& P, int4 item) {
     return item;
 }
 
-#ifdef TRACE
-#define MARK(k) { u64 t_; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t_) :: "memory"); if (lane == 0) ((u64*)P.mask)[(blockIdx.x * WARPS + warp) * 16 + k] = t_; }
-#else
-#define MARK(k) {}
-#endif
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params P) {
     extern __shared__ __align__(128) u8 shared[];
     // partial results of a warp: [0] of an item that an earlier warp begins, [1] of one that a later warp ends
@@ -783,7 +778,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const u32 ring = smem_address(slice), bars = smem_address(query + Q_BYTES);
 
     const int cta_slot = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
-    MARK(0)
 
     // what everybody needs first comes to L2, a line by each thread
     auto prefetch = [&](const void* p, i64 bytes) {
@@ -880,7 +874,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #endif
         return;
     }
-    MARK(1)
     if (lane == 0) {
         busy[warp] = from < to;
         reading[warp] = filling[warp] = make_int4(here.b, here.hr, here.begin, here.count);
@@ -940,7 +933,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             const Four raw = load_row(P, first.y, first.x, min(rank, ROWS - 1), lane);
             if (lane == 0) look_up_page();
             fetch();
-            MARK(2)
             rotate_rows(P, raw, shared_query, first.y, first.x, rank, __popc(group), lane);
         }
 #if !FIXED
@@ -958,7 +950,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #pragma unroll 1
     while (done < to) {
         clear(S);
-        MARK(3)
         int4 item = reading[warp];
         const bool begins = step_of_item == 0;
         const int steps = min(item.w - step_of_item, to - done);
@@ -966,7 +957,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #pragma unroll 1
         for (int n = 0; n < steps; n++, at += STEP_TOKENS) {
             barrier_wait(bars + 8 * stage, parity);
-            if (n == 0) MARK(4)
             const u8* tiles = slice + stage * STEP_BYTES;
             const bool check = (n & 255) == 255;
 #if MASKED
@@ -977,11 +967,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             if (inner) step<false>(P, T, Q, S, tiles, staging, lane, 0, 0, at, dither, check);
             else step<true>(P, T, Q, S, tiles, staging, lane, reading[warp].x, reading[warp].y, at, dither, check);
             __syncwarp();
-            if (n == 0) MARK(5)
             if (++stage == STAGES) stage = 0, parity ^= 1;
             if (left > 0) fetch();
         }
-        MARK(6)
         item = reading[warp];
         const bool finished = step_of_item + steps == item.w;
         // the ring is still in use if there is more to come
@@ -1012,9 +1000,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             __syncwarp();
         }
     }
-    MARK(7)
     __syncthreads();
-    MARK(8)
 
     // Merge what the CTA's warps have of the same item: a chain of neighbouring warps, led by the one that begins the item, or
     // by the first if an earlier CTA does. Each warp merges some of the values.
@@ -1047,7 +1033,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         }
     }
     __syncthreads();
-    MARK(9)
 
     // The CTA that comes last to an item merges what all CTAs have of it.
     if (threadIdx.x < 2 && pending[threadIdx.x]) {
@@ -1086,5 +1071,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         if (warp == 0) finish(P, (float*)shared + PARTIAL, item.x, item.y, lane);
         __syncthreads();
     }
-    MARK(10)
 }
