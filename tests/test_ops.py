@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
@@ -660,3 +662,14 @@ def test_a_backend_that_cannot_serve_a_device_says_why(name: str) -> None:
     device = torch.device("cpu" if name == "cuda" else "meta")
     with ops.backend(name), pytest.raises(FormatError, match=rf"(?i){name}.*tensors are on {device}"):
         ops.choose(device, PageLayout.of("k4v4", 128))
+
+
+def test_tables_live_as_long_as_their_addresses_are_used() -> None:
+    from kvfold.ops import cpu
+
+    layout = PageLayout.of("k4v4", 32, page_size=16)
+    alive = weakref.ref(cpu._kept_side(layout, False)[1][0])
+    for k, v, page_size, is_value in itertools.product(range(1, 9), range(1, 9), (16, 32, 64), (False, True)):
+        cpu._side(PageLayout.of(f"k{k}v{v}", 32, page_size=page_size), is_value)
+        cpu._side(layout, False)
+    assert alive() is not None

@@ -333,7 +333,7 @@ def plot(report: Report, path: Path, title: str) -> None:
     kernels.remove(report.baselines["decode"])  # the line at 1
     figure = Figure(figsize=(max(8.0, 1.3 * len(shapes)), 5.5), layout="constrained")
     axes: Any = figure.subplots()
-    axes.set_prop_cycle(color=colormaps["tab20"].colors)
+    axes.set_prop_cycle(color=list(colormaps["tab20"](range(20))))
     width = 0.85 / max(len(kernels), 1)
     for place, kernel in enumerate(kernels):
         shown = [index for index, shape in enumerate(shapes) if (shape, kernel) in ratios]

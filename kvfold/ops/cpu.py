@@ -43,7 +43,6 @@ def _compiled(layout: PageLayout) -> bool:
     return not (layout.format.k.lossless or layout.format.v.lossless)
 
 
-@lru_cache(maxsize=256)
 def _side_tensors(layout: PageLayout, is_value: bool) -> list[int | torch.Tensor]:
     """One side as the kernels take it; see kvfold.ops.cpu_kernels.Side."""
     side, head_size, offsets, scales = (
@@ -70,8 +69,14 @@ def _side_tensors(layout: PageLayout, is_value: bool) -> list[int | torch.Tensor
 
 
 @lru_cache(maxsize=256)
+def _kept_side(layout: PageLayout, is_value: bool) -> tuple[list[int], list[int | torch.Tensor]]:
+    """A side as integers, and the tensors whose addresses are among them, which must live as long."""
+    tensors = _side_tensors(layout, is_value)
+    return cpu_threads.describe(tensors), tensors
+
+
 def _side(layout: PageLayout, is_value: bool) -> list[int]:
-    return cpu_threads.describe(_side_tensors(layout, is_value))
+    return _kept_side(layout, is_value)[0]
 
 
 def _levels(side: Side, head_size: int) -> torch.Tensor:
