@@ -914,8 +914,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         if (--ahead_left == 0) {
             const int4 item = next_item(P, filling[warp]);
             ahead = item.z, ahead_left = item.w;
-            __syncwarp();
+            __syncwarp(); // everybody has read what is overwritten, and
             if (lane == 0) filling[warp] = item, aim(item);
+            __syncwarp(); // nobody reads the next time before it is
         }
         if (lane == 0) look_up_page();
     };
