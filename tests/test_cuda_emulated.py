@@ -571,6 +571,7 @@ HARD: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "zero keys": lambda k, v, u, t: (0 * k, v),
     "zero values": lambda k, v, u, t: (k, 0 * v),
     "a common mean": lambda k, v, u, t: (k, v + 3 * u),
+    "enormous values": lambda k, v, u, t: (0.1 * k + 2.2 * t * u, 1e30 * v),
     "the largest values first": lambda k, v, u, t: (k, v * 10 ** (20 - 40 * t)),
     "the largest values last": lambda k, v, u, t: (k, v * 10 ** (40 * t - 20)),
 }

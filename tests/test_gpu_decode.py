@@ -344,6 +344,7 @@ HARD: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
     "some zeros": lambda k, v, u, t: (k * (torch.rand_like(t) < 0.6), v * (torch.rand_like(t) < 0.6)),
     "a common mean": lambda k, v, u, t: (k, v + 3 * u),
     "values of all sizes": lambda k, v, u, t: (k, v * 10 ** (40 * torch.rand_like(t) - 20)),
+    "enormous values": lambda k, v, u, t: (0.1 * k + 2.2 * t * u, 1e30 * v),
     "the largest values first": lambda k, v, u, t: (k, v * 10 ** (20 - 40 * t)),
     "the largest values last": lambda k, v, u, t: (k, v * 10 ** (40 * t - 20)),
 }

@@ -483,15 +483,23 @@ __device__ __forceinline__ void move_references(State& S, int nb, const float (&
     float now = S.top[nb];
     if (top > now && (fresh || top > now + 40.f)) now = fresh ? top : now + ceilf(top - now);
     if (total > 1e15f && !fresh) now = fmaxf(now, S.top[nb] + 50.f);
-    float most = 0.f;
+    // weights near the end of float's range (values of 1e30 and more): once more, with room above the scores
+    float most;
+#pragma unroll 1
+    for (int round = 0;; round++) {
+        most = 0.f;
+#pragma unroll
+        for (int t = 0; t < 4; t++) most = fmaxf(most, ex2(s[t] - now) * vs[t]);
+#pragma unroll
+        for (int k = 4; k < 32; k <<= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, k));
+        if (__all_sync(~0u, round || most < 1e36f)) break;
+        if (!(most < 1e36f)) now += ceilf(fmaxf(top - now, 0.f)) + 8.f;
+    }
 #pragma unroll
     for (int t = 0; t < 4; t++) {
         const float w = ex2(s[t] - now) * vs[t];
-        most = fmaxf(most, w);
         if (w != w) S.spoilt[nb] = w;
     }
-#pragma unroll
-    for (int k = 4; k < 32; k <<= 1) most = fmaxf(most, __shfl_xor_sync(~0u, most, k));
     // where the scores' reference rises the weights shrink, and their reference with them: the integers stay as they are
     const float drop = now - S.top[nb];
     float limit = S.limit[nb] * ex2(-drop);
