@@ -42,6 +42,13 @@ __device__ __forceinline__ float power_below(float x) {
 // Of such a power.
 __device__ __forceinline__ float reciprocal(float power) { return __uint_as_float(0x7F000000u - __float_as_uint(power)); }
 
+// Exact, also for subnormal numbers, infinities and NaN.
+__device__ __forceinline__ float half_to_float(u32 h) {
+    const u32 sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
+    const float magnitude = __uint_as_float(rest << 13) * 5.192296858534828e33f; // 2^112: the exponents' biases
+    return __uint_as_float((rest >= 0x7c00u ? 0x7f800000u | rest << 13 : __float_as_uint(magnitude)) | sign);
+}
+
 // Bytes of a 4 x 4 matrix, a row in each word: rows become columns.
 __device__ __forceinline__ void transpose_bytes(u32 (&w)[4]) {
     u32 a = __byte_perm(w[0], w[1], 0x5140);

@@ -16,6 +16,8 @@
 // columns of the product (high and low byte); so are the probabilities times V's scale. Both references (of the scores and of
 // the weights) move only when a weight would overflow.
 
+#include "common.cuh"
+
 #define D 128
 #define TILE_TOKENS 16
 #define STEP_TOKENS 32
@@ -31,11 +33,6 @@
 #define SLOTS (FIXED ? 1 : 2) // partial results of a CTA
 #define HEADROOM 4.f // of the weights' reference over the first weights
 #define NOTHING -1e30f
-
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
 
 struct Params {
     const u8* pages;
@@ -134,21 +131,9 @@ __device__ __forceinline__ int position(const void* p, int b, int wide) {
     return wide ? (int)((const i64*)p)[b] : ((const int*)p)[b];
 }
 
-__device__ __forceinline__ float half_to_float(u32 h) {
-    float r;
-    asm("{.reg .b16 t; cvt.u16.u32 t, %1; cvt.f32.f16 %0, t;}" : "=f"(r) : "r"(h));
-    return r;
-}
-
 // Two neighbouring values as a word of the output's dtype.
-__device__ __forceinline__ u32 pack2(float lo, float hi) {
-    u32 r;
-#if QTYPE == 0
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-#endif
-    return r;
+__device__ __forceinline__ u32 pack2(float low, float high) {
+    return QTYPE == 0 ? pack_bf16(low, high) : pack_f16(low, high);
 }
 
 // Signs of the rotation for the 32 coordinates from 32 * quarter.

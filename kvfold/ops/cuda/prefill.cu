@@ -51,12 +51,6 @@ __device__ __forceinline__ void hadamard(float (&o)[4], int lane) {
     for (int e = 0; e < 4; e++) o[e] *= 0.08838834764831845f;
 }
 
-__device__ __forceinline__ float half_to_float(u32 h) { // exact, also for subnormal numbers, infinities and NaN
-    const u32 sign = (h & 0x8000u) << 16, rest = h & 0x7fffu;
-    const float magnitude = __uint_as_float(rest << 13) * 5.192296858534828e33f; // 2^112: the exponents' biases
-    return __uint_as_float((rest >= 0x7c00u ? 0x7f800000u | rest << 13 : __float_as_uint(magnitude)) | sign);
-}
-
 template <bool HALF>
 __device__ __forceinline__ void load4(const void* p, i64 at, float (&x)[4]) {
     const uint2 v = *(const uint2*)((const u16*)p + at);
