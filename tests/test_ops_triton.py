@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.gpu] if HAS_GPU else [pytest.mark.filterwarnings("igno
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 4e-3, torch.float16: 2e-3}
-"""Error of the output, relative in norm: probabilities are rounded to bfloat16, and the output to q's dtype."""
+"""Error of the output, relative in norm: prefill rounds probabilities to bfloat16, and the output is in q's dtype."""
 
 
 def on(*values: Any) -> Any:
@@ -59,7 +59,7 @@ def assert_near(got: State, want: Expected, dtype: torch.dtype) -> None:
     assert torch.equal(lse == -torch.inf, nothing)
     assert (out[nothing.transpose(-1, -2)] == 0).all()
     assert (out.double() - true_out).norm() <= TOLERANCE[dtype] * true_out.norm()
-    # queries are the sum of two bfloat16, 2^-17 of a score that may be as large as its condition
+    # prefill's queries are the sum of two bfloat16, 2^-17 of a score that may be as large as its condition
     allowed = 2.0**-15 * want.condition + 1e-5 * (1 + true_lse.abs())
     assert ((lse.double() - true_lse).abs() <= allowed)[~nothing].all()
 
@@ -178,7 +178,7 @@ def test_decode_head_sizes(sizes: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("group", "num_queries"), [(1, 1), (3, 2), (8, 1), (8, 2), (20, 1), (4, 17)])
 def test_decode_groups_and_queries(group: int, num_queries: int) -> None:
-    """Up to 8 rows are stacked, up to 16 fill a tile of one warp, more take larger tiles and several blocks."""
+    """Up to 4 rows are stacked, up to 16 fill a tile of one warp, more take larger tiles and several blocks."""
     cache = make_cache(PageLayout.of("k4v4", 64, page_size=16), (0, 5, 70), seed=group)
     check_decode(cache, noise(3, num_queries, 2 * group, 64, seed=num_queries))
 
@@ -192,6 +192,18 @@ def test_decode_dtypes_and_strides(dtype: torch.dtype) -> None:
     again = check_decode(strided, q.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0))
     for x, y in zip(plain, again, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2 if dtype != torch.float32 else 1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v6"])
+def test_decode_of_values_that_float16_does_not_hold(spec: str, size: float) -> None:
+    """Weights and queries go to float16 relative to their largest, which grows in one sequence and falls in another."""
+    cache = empty_cache(PageLayout.of(spec, 64, page_size=16), [200, 200, 200], heads=1)
+    k, v = noise(200, 1, 64), noise(200, 1, 64, seed=1)
+    exponents = torch.linspace(-6, 6, 200)[:, None, None]
+    for b, exponent in enumerate((exponents * 0, exponents, -exponents)):
+        fill(cache, b, k / size, size * v * 10**exponent)
+    check_decode(cache, size * noise(3, 1, 4, 64))
 
 
 LENGTHS = (0, 1, 17, 64, 128)

@@ -6,7 +6,9 @@ the query tokens) to one split of a sequence; the splits are merged and the outp
 
 The attention kernel takes 64 tokens a step, as four interleaved groups: a 32-bit word of V holds the same byte of four
 consecutive tokens, so group t is the tokens ``4 i + t``. K and V are unpacked in the registers in which the tensor
-core wants them; scales go to the scores and the probabilities, never to the codes.
+core wants them; scales go to the scores and the probabilities, never to the codes. They are the products' left sides,
+of 16 rows; queries and weights are the right ones, of 8 columns, which is less than a tensor core has rows: four query
+heads fill them, as each is the sum of two float16.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from kvfold.formats import TILE
 from kvfold.layout import PageLayout
 from kvfold.ops.options import AttentionOptions
 from kvfold.ops.triton import sides
-from kvfold.ops.triton.queries import Order, rotate_queries
+from kvfold.ops.triton.queries import Order, rotate_queries_to_half
 from kvfold.ops.triton.unpack import (
-    byte_levels,
     convert,
     k_words,
+    level_unit,
+    levels_of_two_bytes,
     multiply,
-    to_bfloat16,
-    two_levels,
+    two_halves,
     v_words,
     wide_code,
 )
@@ -78,12 +80,12 @@ def decode_attention(
     factor = options.scale * sides.unit_level(k.bits, k.head_size)
     if not softcap:
         factor *= LOG2_E
-    queries = rotate_queries(q, factor, Order(k.fields, k.units))
+    queries, units = rotate_queries_to_half(q, factor, Order(k.fields, k.units))
 
     rows = num_queries * group
-    row_tile = 16 if rows <= 16 else 64
+    row_tile = 4 if rows <= 4 else 8 if rows <= 8 else 16 if rows <= 16 else 64
     # one warp holds 16 rows of a head of 128 in its registers
-    warps = row_tile // 16 * (1 if max(k.padded, v.padded) <= 128 else 2)
+    warps = max(1, row_tile // 16) * (1 if max(k.padded, v.padded) <= 128 else 2)
     row_blocks = triton.cdiv(rows, row_tile)
     reach = block_table.shape[1] * layout.page_size
     if options.window is not None:
@@ -103,7 +105,7 @@ def decode_attention(
     state = torch.empty(total, splits, 2, dtype=torch.float32, device=q.device)
     mask = options.mask
     _attend[(batch * heads * row_blocks, splits)](
-        queries, pages.view(_UNIT_DTYPES[k.unit_bytes]), pages.view(torch.int32), pages.view(torch.int16),
+        queries, units, pages.view(_UNIT_DTYPES[k.unit_bytes]), pages.view(torch.int32), pages.view(torch.int64),
         _table(k, q.device), _table(v, q.device),
         block_table, *block_table.stride(),
         seq_lens, seq_lens.stride(0),
@@ -112,9 +114,10 @@ def decode_attention(
         partial, state, heads, group, num_queries, row_blocks, splits, least, most,
         min(options.lag, FAR), FAR if options.window is None else min(options.window, FAR), softcap,
         K=k, V=v, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes, TILE_BYTES=layout.tile_bytes, TILE=TILE,
-        ROWS=row_tile, GROUPS=STEP // 4, STACKED=rows <= 8, HAS_FIRST=options.first is not None,
+        ROWS=row_tile, GROUPS=STEP // 4, STACKED=rows <= 4,
+        HAS_BEGIN=options.window is not None or options.first is not None, HAS_FIRST=options.first is not None,
         HAS_START=options.query_start is not None, HAS_MASK=mask is not None, SOFTCAP=bool(softcap),
-        num_warps=warps, num_stages=1 if warps > row_tile // 16 and max(k.bits, v.bits) > 4 else STAGES,
+        num_warps=warps, num_stages=1 if warps > max(1, row_tile // 16) and max(k.bits, v.bits) > 4 else STAGES,
     )  # fmt: skip
 
     out = torch.empty(batch, num_queries, num_heads, v.head_size, dtype=q.dtype, device=q.device)
@@ -131,6 +134,8 @@ def decode_attention(
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+LARGEST = tl.constexpr(16384.0)
+LEAST_LIMIT = tl.constexpr(1e-30)  # whose reciprocal is finite
 _UNIT_DTYPES = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
@@ -142,7 +147,9 @@ def _warps(device: torch.device) -> int:
 
 
 def _table(side: sides.Packed, device: torch.device) -> torch.Tensor:
-    return sides.split_levels(side.bits, side.head_size, device)
+    if side.bits <= 4:
+        return sides.look_up(side, device)
+    return sides.split_levels(side.bits, side.head_size, device, torch.float16)
 
 
 def _optional(positions: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
@@ -156,15 +163,15 @@ def _optional(positions: torch.Tensor | None) -> tuple[torch.Tensor | None, int]
     ]
 )  # fmt: skip
 def _attend(
-    queries, k_pages, v_pages, scale_pages, k_levels, v_levels,
+    queries, units, k_pages, v_pages, scale_pages, k_levels, v_levels,
     table, table_row, table_page,
     lengths, length_stride, first, first_stride, query_start, query_start_stride,
     mask, mask_row, mask_query, mask_token,
     partial, state, heads, group, num_queries, row_blocks, splits, least, most,
     lag, window, softcap,
     K: tl.constexpr, V: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    STACKED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_START: tl.constexpr, HAS_MASK: tl.constexpr,
+    TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, STACKED: tl.constexpr,
+    HAS_BEGIN: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_START: tl.constexpr, HAS_MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """One split of one sequence for a block of rows of one KV head. A row is (query token, head of the group)."""
@@ -174,13 +181,7 @@ def _attend(
     batch = (program // row_blocks // heads).to(tl.int64)
     step: tl.constexpr = 4 * GROUPS
 
-    if STACKED:  # each row twice; the second copy has no output
-        index = tl.arange(0, ROWS)
-        row = index % (ROWS // 2)
-        valid = (row < num_queries * group) & (index < ROWS // 2)
-    else:
-        row = block * ROWS + tl.arange(0, ROWS)
-        valid = row < num_queries * group
+    row = block * ROWS + tl.arange(0, ROWS)
     present = row < num_queries * group
     query = row // group
     # where the row lies in queries, partial and state
@@ -204,97 +205,135 @@ def _attend(
     my_first = first_step + part * share
     my_end = tl.minimum(my_first + share, first_step + steps)
 
-    # the queries, field by field; the rounding's rest with them
+    # the queries, field by field; the rounding's rest beside them, in columns of its own if STACKED
     unit = tl.arange(0, K.units)
     fields: tl.constexpr = K.fields
-    columns: tl.constexpr = K.fields * K.units
-    q_address = queries + place[:, None] * (2 * columns) + unit[None, :]
+    q_columns: tl.constexpr = K.fields * K.units
+    columns: tl.constexpr = ROWS * (2 if STACKED else 1)
+    column_place = _doubled(place, STACKED)
+    q_address = queries + column_place[None, :] * (2 * q_columns) + unit[:, None]
     if STACKED:
-        q_address += (tl.arange(0, ROWS) // (ROWS // 2) * columns)[:, None]
+        q_address += (tl.arange(0, columns) % 2 * q_columns)[None, :]
+    q_mask = _doubled(present.to(tl.int32), STACKED)[None, :] != 0
     q_main = ()
     q_rest = ()
     for field in tl.static_range(fields):
-        q_main += (tl.load(q_address + field * K.units, mask=present[:, None], other=0.0),)
+        q_main += (tl.load(q_address + field * K.units, mask=q_mask, other=0.0),)
         if not STACKED:
-            q_rest += (tl.load(q_address + columns + field * K.units, mask=present[:, None], other=0.0),)
+            q_rest += (tl.load(q_address + q_columns + field * K.units, mask=q_mask, other=0.0),)
+    q_unit = tl.load(units + place, mask=present, other=0.0) / level_unit(K)
 
+    # weights are probabilities times V's scales; those of a row go to float16 so that the largest yet, `limit`, becomes
+    # LARGEST. Then what float16 cannot hold is less than 2^-38 of it.
     top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, GROUPS), tl.float32)
+    limit = tl.full((ROWS,), LEAST_LIMIT, tl.float32)
+    total = tl.zeros((GROUPS, ROWS), tl.float32)
     pairs: tl.constexpr = V.pairs
-    even = tl.zeros((ROWS, pairs), tl.float32)
-    odd = tl.zeros((ROWS, pairs), tl.float32)
+    even = tl.zeros((pairs, columns), tl.float32)
+    odd = tl.zeros((pairs, columns), tl.float32)
     four = tl.arange(0, GROUPS)  # a group of four tokens: tokens 4 * four + t of the step
     place_in_tile = four % (TILE // 4)
 
     for index in tl.range(my_first, my_end):
+        # where the step's tiles lie, in bytes: `tile` from `begin_byte` on, which is all that changes in large pages
         token = index * step + 4 * four
-        page_index = token // PAGE_SIZE
-        page = tl.load(table + batch * table_row + page_index * table_page, mask=token < length, other=0).to(tl.int64)
-        base = (page * heads + head) * PAGE_BYTES + token % PAGE_SIZE // TILE * TILE_BYTES
-        k_tile, v_tile = base // K.unit_bytes, base // 4
+        if PAGE_SIZE % step == 0:
+            page_index = index * step // PAGE_SIZE
+            page = tl.load(table + batch * table_row + page_index * table_page).to(tl.int64)
+            begin_byte = (page * heads + head) * PAGE_BYTES
+            tile = (index * step % PAGE_SIZE + 4 * four) // TILE * TILE_BYTES
+        else:
+            page_index = token // PAGE_SIZE
+            page = tl.load(table + batch * table_row + page_index * table_page, mask=token < length, other=0)
+            begin_byte = batch * 0
+            tile = (page.to(tl.int64) * heads + head) * PAGE_BYTES + token % PAGE_SIZE // TILE * TILE_BYTES
+        k_here = k_pages + begin_byte // K.unit_bytes
+        v_here = v_pages + begin_byte // 4
+        scales_here = scale_pages + begin_byte // 8
 
+        k_scales = tl.load(scales_here + (tile // 8 + (K.scales // 8 + place_in_tile)))
         scores = ()
         for t in tl.static_range(4):
-            s = _scores(q_main, q_rest, k_pages, k_tile, 4 * place_in_tile + t, k_levels, K, ROWS, GROUPS, STACKED)
-            scale = tl.load(scale_pages + base // 2 + (K.scales // 2 + 4 * place_in_tile + t))
-            scale = scale.to(tl.bfloat16, bitcast=True).to(tl.float32)
-            s = s * scale[None, :]
+            s = _scores(q_main, q_rest, k_here, tile, 4 * place_in_tile + t, k_levels, K, ROWS, GROUPS, STACKED)
+            s = s * (_scale(k_scales, t)[:, None] * q_unit[None, :])
             if SOFTCAP:
                 s = capped(s, softcap)
-            visible = (token + t >= begin[:, None]) & (token + t < end[:, None])
+            visible = token[:, None] + t < end[None, :]
+            if HAS_BEGIN:
+                visible = visible & (token[:, None] + t >= begin[None, :])
             if HAS_MASK:
-                asked = mask + batch * mask_row + query[:, None] * mask_query + (token + t)[None, :] * mask_token
-                visible = visible & (tl.load(asked, mask=visible & valid[:, None], other=0) != 0)
+                asked = mask + batch * mask_row + query[None, :] * mask_query + (token + t)[:, None] * mask_token
+                visible = visible & (tl.load(asked, mask=visible & present[None, :], other=0) != 0)
             scores += (tl.where(visible, s, float("-inf")),)
 
         highest = tl.maximum(tl.maximum(scores[0], scores[1]), tl.maximum(scores[2], scores[3]))
-        new_top = tl.maximum(top, tl.max(highest, axis=1))
+        new_top = tl.maximum(top, tl.max(highest, axis=0))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         fade = tl.exp2(top - safe)
         top = new_top
-        total = total * fade[:, None]
-        even = even * fade[:, None]
-        odd = odd * fade[:, None]
+        total = total * fade[None, :]
 
-        w0 = v_words(v_pages, v_tile, place_in_tile, V, 0)
-        w1, w2 = w0, w0
-        if len(V.widths) > 1:
-            w1 = v_words(v_pages, v_tile, place_in_tile, V, 1)
-        if len(V.widths) > 2:
-            w2 = v_words(v_pages, v_tile, place_in_tile, V, 2)
-        if V.bits == 3:
-            w0 = w0 | w1 << 2
+        v_scales = tl.load(scales_here + (tile // 8 + (V.scales // 8 + place_in_tile)))
+        weights = ()
         for t in tl.static_range(4):
-            p = tl.exp2(scores[t] - safe[:, None])
+            p = tl.exp2(scores[t] - safe[None, :])
             total += p
-            scale = tl.load(scale_pages + base // 2 + (V.scales // 2 + 4 * place_in_tile + t))
-            scale = scale.to(tl.bfloat16, bitcast=True).to(tl.float32)
+            scale = _scale(v_scales, t)
             scale = scale + scale * 0.0  # infinity to NaN, which reaches all of a vector's coordinates
             # an unseen token may have any scale, and a seen one of probability 0 a bad one
-            p = to_bfloat16(tl.where(scores[t] == float("-inf"), 0.0, p * scale[None, :]))
-            if V.bits <= 4:
-                low, high = byte_levels(w0, V, t)
-                even = multiply(p, low, even)
-                odd = multiply(p, high, odd)
-            else:
-                main, rest = two_levels(v_levels, wide_code(w0, w1, w2, V, t, 0))
-                even = multiply(p, rest, multiply(p, main, even))
-                if V.bits < 8:
-                    main, rest = two_levels(v_levels, wide_code(w0, w1, w2, V, t, 1))
-                    odd = multiply(p, rest, multiply(p, main, odd))
+            weights += (tl.where(scores[t] == float("-inf"), 0.0, p * scale[:, None]),)
 
+        highest = tl.maximum(
+            tl.maximum(tl.abs(weights[0]), tl.abs(weights[1])), tl.maximum(tl.abs(weights[2]), tl.abs(weights[3]))
+        )
+        faded = limit * fade
+        limit = tl.maximum(tl.maximum(faded, tl.max(highest, axis=0)), LEAST_LIMIT)
+        shrink = _doubled(faded / limit, STACKED)
+        even = even * shrink[None, :]
+        odd = odd * shrink[None, :]
+        to_half = LARGEST / limit
+
+        w0 = v_words(v_here, tile, place_in_tile, v_levels, V, 0)
+        w1, w2 = w0, w0
+        if len(V.widths) > 1:
+            w1 = v_words(v_here, tile, place_in_tile, v_levels, V, 1)
+        if len(V.widths) > 2:
+            w2 = v_words(v_here, tile, place_in_tile, v_levels, V, 2)
+        if V.bits == 3:
+            w0 = w0 | w1 << 2
+        for two in tl.static_range(0, 4, 2):
+            p0 = _doubled((weights[two] * to_half[None, :]).to(tl.float16), STACKED)
+            p1 = _doubled((weights[two + 1] * to_half[None, :]).to(tl.float16), STACKED)
+            if V.bits <= 4:
+                low0, high0, low1, high1 = levels_of_two_bytes(w0, v_levels, V, two)
+                even = multiply(low1, p1, multiply(low0, p0, even))
+                odd = multiply(high1, p1, multiply(high0, p0, odd))
+            else:
+                for t in tl.static_range(2):
+                    p = p0 if t == 0 else p1
+                    main, rest = two_halves(v_levels, wide_code(w0, w1, w2, V, two + t, 0))
+                    even = multiply(main, p, multiply(rest, p, even))
+                    if V.bits < 8:
+                        main, rest = two_halves(v_levels, wide_code(w0, w1, w2, V, two + t, 1))
+                        odd = multiply(main, p, multiply(rest, p, odd))
+
+    v_unit = _doubled(limit * (1.0 / LARGEST / level_unit(V)), STACKED)
+    even = even * v_unit[None, :]
+    odd = odd * v_unit[None, :]
     pair = tl.arange(0, V.pairs)
     slot = place * splits + part
-    written = valid & (tl.zeros_like(row) + my_first < my_end)
-    if V.bits == 8:
-        address = partial + slot[:, None] * V.pairs + pair[None, :]
-        tl.store(address, even, mask=written[:, None])
-    else:
-        address = partial + slot[:, None] * (2 * V.pairs) + 2 * pair[None, :]
-        tl.store(address, even, mask=written[:, None])
-        tl.store(address + 1, odd, mask=written[:, None])
-    tl.store(state + slot * 2, top, mask=valid)
-    tl.store(state + slot * 2 + 1, tl.sum(total, axis=1), mask=valid)
+    column_slot = column_place * splits + part
+    # of two columns of a row, both have the sums
+    written = _doubled((present & (tl.zeros_like(row) + my_first < my_end)).to(tl.int32), STACKED) != 0
+    if STACKED:
+        written = written & (tl.arange(0, columns) % 2 == 0)
+    per_pair: tl.constexpr = 1 if V.bits == 8 else 2
+    address = partial + column_slot[None, :] * (V.pairs * per_pair) + per_pair * pair[:, None]
+    tl.store(address, even, mask=written[None, :])
+    if V.bits < 8:
+        tl.store(address + 1, odd, mask=written[None, :])
+    tl.store(state + slot * 2, top, mask=present)
+    tl.store(state + slot * 2 + 1, tl.sum(total, axis=0), mask=present)
 
 
 @triton.jit
@@ -302,37 +341,58 @@ def _scores(
     q_main, q_rest, pages, tile, token, levels, K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     STACKED: tl.constexpr,
 ):  # fmt: skip
-    """Scores ``[ROWS, TOKENS]`` of the queries with the unscaled keys."""
-    w0 = k_words(pages, tile, token, K, 0)
+    """Scores ``[TOKENS, ROWS]`` of the queries with the unscaled keys."""
+    w0 = k_words(pages, tile, token, levels, K, 0)
     w1, w2 = w0, w0
     if len(K.widths) > 1:
-        w1 = k_words(pages, tile, token, K, 1)
+        w1 = k_words(pages, tile, token, levels, K, 1)
     if len(K.widths) > 2:
-        w2 = k_words(pages, tile, token, K, 2)
+        w2 = k_words(pages, tile, token, levels, K, 2)
     if K.bits == 3:
         w0 = w0 | w1 << 2
-    s = tl.zeros((ROWS, TOKENS), tl.float32)
+    s = tl.zeros((TOKENS, ROWS * (2 if STACKED else 1)), tl.float32)
     per_byte: tl.constexpr = 1 if K.bits == 8 else 2
     unit_bytes: tl.constexpr = K.unit_bytes
-    for byte in tl.static_range(unit_bytes):
-        if K.bits <= 4:
-            low, high = byte_levels(w0, K, byte)
+    if K.bits <= 4:
+        for first in tl.static_range(0, unit_bytes, 2):
+            low0, high0, low1, high1 = levels_of_two_bytes(w0, levels, K, first)
             if not STACKED:
-                s = multiply(q_rest[2 * byte], low, s)
-                s = multiply(q_rest[2 * byte + 1], high, s)
-            s = multiply(q_main[2 * byte], low, s)
-            s = multiply(q_main[2 * byte + 1], high, s)
-        else:
-            for half in tl.static_range(per_byte):
-                main, rest = two_levels(levels, wide_code(w0, w1, w2, K, byte, half))
+                s = multiply(high0, q_rest[2 * first + 1], multiply(low0, q_rest[2 * first], s))
+            s = multiply(high0, q_main[2 * first + 1], multiply(low0, q_main[2 * first], s))
+            if unit_bytes > 1:
                 if not STACKED:
-                    s = multiply(q_rest[per_byte * byte + half], main, s)
-                s = multiply(q_main[per_byte * byte + half], rest, s)
-                s = multiply(q_main[per_byte * byte + half], main, s)
-    if STACKED:  # the rows of the second half are what the rounding of the first half's lacks
-        both = tl.sum(tl.reshape(s, (2, ROWS // 2, TOKENS)), axis=0)
-        s = tl.reshape(tl.broadcast_to(both[None, :, :], (2, ROWS // 2, TOKENS)), (ROWS, TOKENS))
+                    s = multiply(high1, q_rest[2 * first + 3], multiply(low1, q_rest[2 * first + 2], s))
+                s = multiply(high1, q_main[2 * first + 3], multiply(low1, q_main[2 * first + 2], s))
+    else:
+        for byte in tl.static_range(unit_bytes):
+            for half in tl.static_range(per_byte):
+                main, rest = two_halves(levels, wide_code(w0, w1, w2, K, byte, half))
+                if not STACKED:
+                    s = multiply(main, q_rest[per_byte * byte + half], s)
+                s = multiply(rest, q_main[per_byte * byte + half], s)
+                s = multiply(main, q_main[per_byte * byte + half], s)
+    if STACKED:  # the second column is what the rounding of the first one's query lacks
+        s = tl.sum(tl.reshape(s, (TOKENS, ROWS, 2)), axis=2)
     return s
+
+
+@triton.jit
+def _doubled(x, STACKED: tl.constexpr):
+    """Each row's value in its two columns, side by side."""
+    if not STACKED:
+        return x
+    elif len(x.shape) == 1:
+        return tl.reshape(tl.broadcast_to(x[:, None], (x.shape[0], 2)), (2 * x.shape[0],))
+    else:
+        return tl.reshape(tl.broadcast_to(x[:, :, None], (x.shape[0], x.shape[1], 2)), (x.shape[0], 2 * x.shape[1]))
+
+
+@triton.jit
+def _scale(four, t: tl.constexpr):
+    """One of four tokens' bfloat16 scales in an int64, as float32."""
+    two = (four >> (t // 2 * 32)).to(tl.int32)
+    bits = two & -65536 if t % 2 else two << 16
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit

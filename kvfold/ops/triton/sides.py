@@ -42,7 +42,7 @@ class Packed(NamedTuple):
         units: Units of a vector of K, padded to a power of two.
         pairs: Bytes of a vector of V in a plane of 4 or 8 bits, padded to a power of two.
         table: Up to 4 bits: the odd integers ``2 m + 1`` of the magnitudes, eight bytes as two int32.
-        unpack: Up to 4 bits on NVIDIA: for each byte of a word, the instructions that look up its two codes.
+        unpack: Up to 4 bits on NVIDIA: for either half of a word, the instructions that look up its four codes.
     """
 
     bits: int
@@ -88,7 +88,7 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
         magnitudes = [int(m) for m in integers] * (8 // len(integers))
         table = struct.unpack("<2i", bytes(2 * m + 1 for m in magnitudes))
         if not INTERPRETED.value and torch.version.hip is None:
-            unpack = tuple(_look_up(bits, magnitudes, byte) for byte in range(4))
+            unpack = tuple(_look_up(bits, byte) for byte in (0, 2))
     return Packed(
         bits=bits,
         head_size=head_size,
@@ -107,33 +107,30 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
     )
 
 
-def _look_up(bits: int, magnitudes: list[int], byte: int) -> str:
-    """PTX: the levels of two words' codes in one byte, as two pairs of bfloat16 (low nibbles, high nibbles).
+def _look_up(bits: int, byte: int) -> str:
+    """PTX: levels of two words' codes in two bytes, as four pairs of float16 (of each byte the low, the high nibbles).
 
-    The codes are the selectors of prmt, a look-up in eight bytes. A byte ``0x80 | m`` under the byte 0x43 is the
-    bfloat16 256 + 2 m; 255 less is the odd integer 2 m + 1, exactly. The sign bit is shifted into place.
+    The codes are the selectors of prmt, a look-up in eight bytes, `Packed.table`. An odd integer 2 m + 1 of eight bits
+    is, under a byte with nothing but the sign, the subnormal float16 of as many times 2^-24. Tensor cores multiply
+    those exactly. Operands $4 and $5 are the words; $6 and $8 (each comes twice) are the table.
     """
-    low, high = (sum((0x80 | m) << 8 * i for i, m in enumerate(four)) for four in (magnitudes[:4], magnitudes[4:]))
-    mine, other = byte, 4 + byte
-    both = mine | other << 4 | other << 8 | other << 12
-    index = 0x1111 * ((1 << (bits - 1)) - 1)
+    both = byte | (4 + byte) << 4 | (1 + byte) << 8 | (5 + byte) << 12
+    index = 0x11111111 * ((1 << (bits - 1)) - 1)
     return f"""{{
-        .reg .b32 codes, index, bytes, even, odd, one, bias, signs;
-        prmt.b32 codes, $2, $3, {both:#x};
+        .reg .b32 codes, index, first, second, low_signs, high_signs;
+        prmt.b32 codes, $4, $5, {both:#x};
         and.b32 index, codes, {index:#x};
-        prmt.b32 bytes, {low:#x}, {high:#x}, index;
-        prmt.b32 even, bytes, 0x43434343, 0x4240;
-        prmt.b32 odd, bytes, 0x43434343, 0x4341;
-        mov.b32 one, 0x3f803f80;
-        mov.b32 bias, 0xc37fc37f;
-        fma.rn.bf16x2 even, even, one, bias;
-        fma.rn.bf16x2 odd, odd, one, bias;
-        shl.b32 signs, codes, {16 - bits};
-        and.b32 signs, signs, 0x80008000;
-        xor.b32 $0, even, signs;
-        shl.b32 signs, codes, {12 - bits};
-        and.b32 signs, signs, 0x80008000;
-        xor.b32 $1, odd, signs;
+        prmt.b32 first, $6, $8, index;
+        shr.u32 index, index, 16;
+        prmt.b32 second, $6, $8, index;
+        shl.b32 low_signs, codes, {8 - bits};
+        and.b32 low_signs, low_signs, 0x80808080;
+        shl.b32 high_signs, codes, {4 - bits};
+        and.b32 high_signs, high_signs, 0x80808080;
+        prmt.b32 $0, first, low_signs, 0x5240;
+        prmt.b32 $1, first, high_signs, 0x5341;
+        prmt.b32 $2, second, low_signs, 0x7260;
+        prmt.b32 $3, second, high_signs, 0x7361;
     }}"""
 
 
@@ -143,11 +140,18 @@ def unit_level(bits: int, head_size: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def split_levels(bits: int, head_size: int, device: torch.device) -> torch.Tensor:
-    """int32 ``[2^bits]``: each level as two bfloat16, its rounding in the upper half and what that lacks below."""
+def look_up(side: Packed, device: torch.device) -> torch.Tensor:
+    """Up to 4 bits: int32 with the table of odd integers (2) and, for each plane, the shifts of four octets' codes."""
+    shifts = [octet % (4 // width) * width for width in side.widths for octet in range(4)]
+    return torch.tensor([*side.table, *shifts], dtype=torch.int32, device=device)
+
+
+@lru_cache(maxsize=256)
+def split_levels(bits: int, head_size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """int32 ``[2^bits]``: each level as two 16-bit numbers, its rounding in the upper half, what that lacks below."""
     levels = tables(bits, head_size, device)[0]
-    main = levels.bfloat16()
-    rest = (levels - main.float()).bfloat16()
+    main = levels.to(dtype)
+    rest = (levels - main.float()).to(dtype)
     return main.view(torch.int16).int() << 16 | (rest.view(torch.int16).int() & 0xFFFF)
 
 

@@ -1,8 +1,9 @@
 # mypy: disable-error-code="no-untyped-def, import-untyped"
 """Packed bytes to levels, in registers: what the attention kernels and ``load_kv`` share.
 
-Levels of up to 4 bits are the odd integers ``2 m + 1`` with a sign, which bfloat16 holds exactly; the codebook's half
-step goes into the scores and the output. Wider levels are the sum of two bfloat16.
+Levels of up to 4 bits are the odd integers ``2 m + 1`` with a sign, which 16-bit numbers hold exactly; the codebook's
+half step goes into the scores and the output. Wider levels are the sum of two 16-bit numbers. Decoding takes float16,
+prefill bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def multiply(a, b, acc):
-    """``acc + a @ b`` of bfloat16 tiles, in float32."""
+    """``acc + a @ b`` of bfloat16 or float16 tiles, in float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -55,11 +56,26 @@ def split(x):
 # --- words: codes of eight coordinates, aligned in the nibbles of a word ----------------------------------------------
 
 
-@triton.jit
-def k_words(pages, tile, token, S: tl.constexpr, plane: tl.constexpr):
-    """A plane's codes of K ``[units, tokens]``, each nibble (or byte) one coordinate's, other bits zero.
+# What words are combined with must be loaded, too, or be constant. Triton gives loads, and what is made of nothing but
+# loads, the layout of a tensor core's operand; a shift or a scalar from elsewhere would send all levels through shared
+# memory.
 
-    ``pages`` points to elements of S.unit_bytes; ``tile`` ``[tokens]`` is each token's tile in that measure.
+
+@triton.jit
+def row_shift(look_up, octet, S: tl.constexpr, plane: tl.constexpr):
+    """How far in a narrow plane's nibbles the codes of an octet of coordinates lie."""
+    deep: tl.constexpr = 4 // S.widths[plane]
+    if S.bits <= 4:
+        return tl.load(look_up + (2 + 4 * plane + octet % deep))
+    else:
+        return octet % deep * S.widths[plane]
+
+
+@triton.jit
+def k_words(pages, tile, token, look_up, S: tl.constexpr, plane: tl.constexpr):
+    """A plane's codes of K ``[tokens, units]``, each nibble (or byte) one coordinate's, other bits zero.
+
+    ``pages`` points to elements of S.unit_bytes; ``tile`` ``[tokens]`` is where each token's tile begins, in bytes.
     """
     width: tl.constexpr = S.widths[plane]
     unit = tl.arange(0, S.units)
@@ -68,23 +84,23 @@ def k_words(pages, tile, token, S: tl.constexpr, plane: tl.constexpr):
     else:
         octet = unit // (4 // S.unit_bytes)
         column = octet // (4 // width) * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
-    row = tile + (S.planes[plane] + token * S.row_bytes[plane]) // S.unit_bytes
-    address = pages + row[None, :] + column[:, None]
+    row = tile // S.unit_bytes + (S.planes[plane] + token * S.row_bytes[plane]) // S.unit_bytes
+    address = pages + (row[:, None] + column[None, :])
     if S.units * S.fields > S.head_size:
-        words = tl.load(address, mask=(unit * S.fields < S.head_size)[:, None], other=0).to(tl.int32)
+        words = tl.load(address, mask=(unit * S.fields < S.head_size)[None, :], other=0).to(tl.int32)
     else:
         words = tl.load(address).to(tl.int32)
     if width < 4:
-        words = words >> (octet % (4 // width) * width)[:, None]
+        words = words >> row_shift(look_up, octet, S, plane)[None, :]
         words = words & (0x11111111 * ((1 << width) - 1))
     return words
 
 
 @triton.jit
-def v_words(pages, tile, four, S: tl.constexpr, plane: tl.constexpr):
-    """A plane's codes of V ``[groups of four tokens, pairs]``: byte t of a word has two coordinates of token t, or one.
+def v_words(pages, tile, four, look_up, S: tl.constexpr, plane: tl.constexpr):
+    """A plane's codes of V ``[pairs, groups of four tokens]``: byte t of a word has two coordinates of token t, or one.
 
-    ``pages`` points to int32; ``tile`` is each group's tile in that measure and ``four`` its place there, 0 to 3.
+    ``pages`` points to int32; ``tile`` is where each group's tile begins, in bytes, ``four`` its place there, 0 to 3.
     """
     width: tl.constexpr = S.widths[plane]
     pair = tl.arange(0, S.pairs)
@@ -92,39 +108,50 @@ def v_words(pages, tile, four, S: tl.constexpr, plane: tl.constexpr):
     if width < 4:
         octet = word
         word = octet // (4 // width)
-    row = tile + (S.planes[plane] // 4 + four * 4)
-    address = pages + row[:, None] + (word * 16 + pair % 4)[None, :]
+    row = tile // 4 + (S.planes[plane] // 4 + four * 4)
+    address = pages + (row[None, :] + (word * 16 + pair % 4)[:, None])
     per_byte: tl.constexpr = 1 if S.bits == 8 else 2
     if S.pairs * per_byte > S.head_size:
-        words = tl.load(address, mask=(pair * per_byte < S.head_size)[None, :], other=0)
+        words = tl.load(address, mask=(pair * per_byte < S.head_size)[:, None], other=0)
     else:
         words = tl.load(address)
     if width < 4:
-        words = words >> (octet % (4 // width) * width)[None, :]
+        words = words >> row_shift(look_up, octet, S, plane)[:, None]
         words = words & (0x11111111 * ((1 << width) - 1))
     return words
 
 
 @triton.jit
-def table_level(code, S: tl.constexpr):
-    """Codes of up to 4 bits to levels in bfloat16, without instructions of any vendor's own."""
+def table_level(code, S: tl.constexpr, dtype: tl.constexpr = tl.bfloat16):
+    """Codes of up to 4 bits to levels, without instructions of any vendor's own."""
     index = code & ((1 << (S.bits - 1)) - 1)
     four = tl.where(index < 4, S.table[0], S.table[1]) if S.bits == 4 else S.table[0]
     odd = ((four >> (index % 4 * 8)) & 255).to(tl.float32)
-    return tl.where((code & (1 << (S.bits - 1))) != 0, -odd, odd).to(tl.bfloat16)
+    return tl.where((code & (1 << (S.bits - 1))) != 0, -odd, odd).to(dtype)
+
+
+@triton.constexpr_function
+def level_unit(S):
+    """What the decode kernel's levels are in units of: its own instructions give subnormal numbers of float16."""
+    return 2.0**-24 if len(S.unpack) > 0 else 1.0
 
 
 @triton.jit
-def byte_levels(words, S: tl.constexpr, byte: tl.constexpr):
-    """Levels in one byte of words of up to 4 bits: of the low and of the high nibble."""
+def levels_of_two_bytes(words, look_up, S: tl.constexpr, byte: tl.constexpr):
+    """Levels in two bytes of words of up to 4 bits, in float16: of each byte the low and then the high nibble."""
     if len(S.unpack) > 0:
-        low, high = tl.inline_asm_elementwise(
-            S.unpack[byte], "=r,=r,r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
+        one = tl.zeros((1, 1), tl.int32)
+        table0, table1 = tl.load(look_up + one), tl.load(look_up + 1 + one)
+        low0, high0, low1, high1 = tl.inline_asm_elementwise(
+            S.unpack[byte // 2], "=r,=r,=r,=r,r,r,r,r,r,r", [words, table0, table1],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        low = table_level(words >> (8 * byte), S)
-        high = table_level(words >> (8 * byte + 4), S)
-    return low, high
+        low0 = table_level(words >> (8 * byte), S, tl.float16)
+        high0 = table_level(words >> (8 * byte + 4), S, tl.float16)
+        low1 = table_level(words >> (8 * byte + 8), S, tl.float16)
+        high1 = table_level(words >> (8 * byte + 12), S, tl.float16)
+    return low0, high0, low1, high1
 
 
 @triton.jit
@@ -146,6 +173,14 @@ def two_levels(levels, code):
     pair = tl.load(levels + code)
     main = (pair & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
     return main, (pair << 16).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit
+def two_halves(levels, code):
+    """The same in float16."""
+    pair = tl.load(levels + code)
+    main = (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return main, pair.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 # --- coordinates one by one: a tile in any shape ----------------------------------------------------------------------
