@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from unittest import mock
 
 import pytest
 import torch
@@ -31,14 +33,27 @@ def poisoned(layout: PageLayout, num_pages: int, heads: int) -> torch.Tensor:
     return torch.randint(0, 256, layout.page_shape(num_pages, heads), dtype=torch.uint8)
 
 
+KERNELS = {"few": 2**31, "many": 0}
+"""Vectors up to which the kernel for few tokens is used, which is to force one of the two."""
+
+
+@contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    with mock.patch.object(store, "_FEW", KERNELS[kernel]):
+        yield
+
+
 def stored(
     k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
 ) -> torch.Tensor:
-    """The pages after the kernel stored in a copy of them."""
+    """The pages after either kernel stored in a copy of them: the bytes are the same."""
     device = gpu()
-    got = pages.to(device)
-    store.store_kv(k.to(device), v.to(device), got, slots.to(device), layout)
-    return got.cpu()
+    few, many = pages.to(device), pages.to(device)
+    for kernel, got in (("few", few), ("many", many)):
+        with forced(kernel):
+            store.store_kv(k.to(device), v.to(device), got, slots.to(device), layout)
+    assert torch.equal(few, many), f"the kernels differ in {int((few != many).sum())} bytes"
+    return few.cpu()
 
 
 def records(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> torch.Tensor:
@@ -78,6 +93,34 @@ def test_scattered_tokens(spec: str, dtype: torch.dtype, page_size: int) -> None
     check(k, v, poisoned(layout, 512 // page_size, 3), slots, layout)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_few_tokens(spec: str, dtype: torch.dtype) -> None:
+    """A token's bytes do not depend on how many are stored with it."""
+    layout = PageLayout.of(spec, 128, page_size=32)
+    k, v = noise(40, 3, 128, seed=1, dtype=dtype), noise(40, 3, 128, seed=2, dtype=dtype)
+    k[6], v[7], k[9, 1, 4], v[3] = 0, torch.inf, torch.nan, v[3] * 1e-3
+    slots, pages = torch.randperm(96)[:40], poisoned(layout, 3, 3)
+    slots[5], slots[20] = -1, -7
+    whole = stored(k, v, pages, slots, layout)
+    for tokens in range(1, 41):
+        kept = slots[:tokens][slots[:tokens] >= 0]
+        others = torch.tensor(sorted(set(range(96)) - set(kept.tolist())))
+        got = stored(k[:tokens], v[:tokens], pages, slots[:tokens], layout)
+        assert torch.equal(records(got, kept, layout), records(whole, kept, layout)), tokens
+        assert torch.equal(records(got, others, layout), records(pages, others, layout)), f"{tokens}: other tokens"
+
+
+@pytest.mark.parametrize("tokens", [*range(1, 20), 31, 32, 33, 40])
+@pytest.mark.parametrize("spec", SPECS)
+def test_few_tokens_are_the_reference_s(spec: str, tokens: int) -> None:
+    layout = PageLayout.of(spec, 128, page_size=16)
+    k, v = noise(tokens, 8, 128, seed=1, dtype=torch.bfloat16), noise(tokens, 8, 128, seed=2, dtype=torch.bfloat16)
+    slots = torch.randperm(64)[:tokens]
+    slots[1::6] = -1
+    check(k, v, poisoned(layout, 4, 8), slots, layout)
+
+
 @pytest.mark.parametrize("begin", [0, 1, 2, 3, 16, 61])
 @pytest.mark.parametrize("tokens", [1, 8, 63, 64, 100, 256])
 @pytest.mark.parametrize("spec", ["k4v4", "k3v3", "k2v2"])
@@ -105,18 +148,20 @@ STRIDES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", STRIDES)
-def test_strides_do_not_matter(stride: str, dtype: torch.dtype) -> None:
+def test_strides_do_not_matter(stride: str, dtype: torch.dtype, kernel: str) -> None:
     layout, device = PageLayout.of("k4v3", 128, page_size=16), gpu()
     k, v = (STRIDES[stride](noise(40, 3, 128, seed=seed, dtype=dtype).to(device)) for seed in (1, 2))
     pages = poisoned(layout, 4, 3).to(device)
     again, slots = pages.clone(), torch.randperm(64, device=device)[:40]
-    store.store_kv(k, v, pages, slots, layout)
-    store.store_kv(k.contiguous(), v.contiguous(), again, slots, layout)
-    assert torch.equal(pages, again)
-    store.store_kv(k, v.contiguous(), pages, slots, layout)
-    assert torch.equal(pages, again)
+    with forced(kernel):
+        store.store_kv(k, v, pages, slots, layout)
+        store.store_kv(k.contiguous(), v.contiguous(), again, slots, layout)
+        assert torch.equal(pages, again)
+        store.store_kv(k, v.contiguous(), pages, slots, layout)
+        assert torch.equal(pages, again)
 
 
 def test_k_and_v_of_different_dtypes_and_slots_with_strides() -> None:
@@ -193,13 +238,14 @@ def test_slots_beyond_two_gigabytes() -> None:
     )
 
 
-def test_a_captured_graph_stores_what_comes_next() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_captured_graph_stores_what_comes_next(kernel: str) -> None:
     layout, device = PageLayout.of("k4v4", 128, page_size=16), gpu()
     k, v = (noise(8, 2, 128, seed=seed, dtype=torch.bfloat16).to(device) for seed in (1, 2))
     slots = torch.arange(8, device=device)
     pages = poisoned(layout, 4, 2).to(device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with forced(kernel), torch.cuda.graph(graph):
         store.store_kv(k, v, pages, slots, layout)
     for seed in (3, 5):
         k.copy_(noise(8, 2, 128, seed=seed))

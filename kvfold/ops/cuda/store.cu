@@ -9,14 +9,18 @@
 //   X_PLANE0, X_PLANE1, X_SCALES   offsets in a tile
 //   TILE_BYTES
 //
-// A warp takes a tile of 16 tokens of one head. Lane 4 g + i works for tokens g and g + 8.
+// Two kernels, to the same bytes. `store` is for throughput: a warp takes a tile of 16 tokens of one head, and lane 4 g + i
+// works for tokens g and g + 8. `store_few` is for few tokens, when only the time of one warp counts: eight lanes take a
+// token, and a warp four tokens or, in a search, four prescales of one token at the same time. Both add up in the same
+// order, so that a token's bytes do not depend on how many are stored with it.
 //
 // Rotation. A coordinate's number has seven bits. H128 is the product of seven butterflies, one per bit, in any order. The
 // tensor core does those of bits 3 to 6: A is 16 tokens x 16 coordinates, B the signs of H16, times 2^-7, which keeps
 // every sum below the largest input. Bits 0 to 2 tell apart eight such products, whose results lie in the same lane, where
 // three stages of additions finish. Lane i loads coordinates with bits 3, 4 = i (so that a warp reads whole sectors) and
 // ends with those whose bits 5, 6 = i (so that its codes are whole words of every plane). Rotation's result c is y /
-// sqrt(128), so that the sum of c^2 is the mean of y^2.
+// sqrt(128), so that the sum of c^2 is the mean of y^2. For few tokens the 16 rows of A are four tokens (or four times the
+// same) x two of the eight products x bit 3 of what comes out, which turns signs of A. So B keeps half of its columns.
 //
 // Levels are odd multiples of half the codebook's step, so thresholds are integers in that unit, and the level of z depends
 // on ceil(z) alone: a table of 257 words, the level in the upper half of each and the index in the lower. The table lies in
@@ -27,6 +31,8 @@
 constexpr int HEAD = 128;
 constexpr int TILE = 16;
 constexpr int WARPS = 8;
+constexpr int FEW_WARPS = 4;
+constexpr int GROUPS = 4;  // of eight lanes, in a warp that stores few tokens
 constexpr int CELLS = 257;
 constexpr int MAX_PRESCALES = 13;
 constexpr float UNIT = 1.0f / 256;       // of a half-step
@@ -59,7 +65,7 @@ struct Call {
 struct Recipe {
     float scale_to_unit;  // 1 / (sqrt(128) step): times c / scale it is z in units of 256 half-steps
     int prescales;
-    float prescale[MAX_PRESCALES];
+    float prescale[MAX_PRESCALES];  // and zeros
     int integers[8];  // level m is (integers[m] + 1/2) step
 };
 
@@ -78,14 +84,24 @@ struct Side {
 typedef Side<K_BITS, K_RULE, K_SEARCH, K_TYPE, K_VECTOR, K_PLANE0, K_PLANE1, K_SCALES, true> KeySide;
 typedef Side<V_BITS, V_RULE, V_SEARCH, V_TYPE, V_VECTOR, V_PLANE0, V_PLANE1, V_SCALES, false> ValueSide;
 
-// c[bits 0-2][bit 4][2 * (token g + 8) + bit 3]: the rotated coordinates of two tokens
-typedef float Rotated[8][2][4];
+// A lane's rotated coordinates, c[bits 0-2][bit 4][N]. N = 4: 2 * (token g + 8) + bit 3, of two tokens. N = 1: of one token
+// and one bit 3, which is bit 2 of the lane.
+template <int N>
+using Rotated = float[8][2][N];
+template <int N>
+constexpr int HALVES = N == 4 ? 2 : 1;  // values of bit 3 in a lane
+template <int N>
+constexpr int COPIES = N == 4 ? 32 : 4;  // of the table: few look-ups do not pay for one in every bank
+template <class S>
+constexpr int PARTS = S::TYPE == 2 ? 2 : 1;  // a lane loads 64 bytes of a token in each
 
 // --- the table --------------------------------------------------------------------------------------------------------
 
-template <class S>
+template <class S, int N, int THREADS>
 __device__ __forceinline__ void fill_table(u32* table, const Recipe& recipe) {
-    for (int cell = threadIdx.x; cell < CELLS; cell += WARPS * 32) {
+    constexpr int QUADS = COPIES<N> / 4;
+#pragma unroll 1
+    for (int cell = threadIdx.x; cell < CELLS; cell += THREADS) {
         int index = 0, m = recipe.integers[0];
 #pragma unroll
         for (int next = 1; next < S::LEVELS; next++) {
@@ -97,19 +113,26 @@ __device__ __forceinline__ void fill_table(u32* table, const Recipe& recipe) {
         u32 word = __float_as_uint((2 * m + 1) * UNIT) | index;  // eight bits of mantissa: the lower half is free
         uint4 four = make_uint4(word, word, word, word);
 #pragma unroll
-        for (int part = 0; part < 8; part++) {  // neighbouring lanes begin at different banks
-            reinterpret_cast<uint4*>(table)[cell * 8 + ((part + threadIdx.x) & 7)] = four;
+        for (int quad = 0; quad < QUADS; quad++) {  // neighbouring lanes begin at different banks
+            reinterpret_cast<uint4*>(table)[cell * QUADS + ((quad + threadIdx.x) & (QUADS - 1))] = four;
         }
     }
 }
 
-// The word for |c| * factor; `lane_table` is the shared address of this lane's copy.
+// The shared address of this lane's copy, less what `look_up` adds to it for cell 0.
+template <int N>
+__device__ __forceinline__ u32 address_of(const u32* table, int lane) {
+    return (u32)__cvta_generic_to_shared(table) + 4 * (lane & (COPIES<N> - 1)) - CEILING_BITS * (4 * COPIES<N>);
+}
+
+// The word for |c| * factor.
+template <int N>
 __device__ __forceinline__ u32 look_up(float c, float factor, u32 lane_table) {
     float z;
     asm("mul.rn.sat.f32 %0, %1, %2;" : "=f"(z) : "f"(fabsf(c)), "f"(factor));
     u32 cell = __float_as_uint(__fadd_ru(z, CEILING));
     u32 word;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(cell * 128 + lane_table));
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(cell * (4 * COPIES<N>) + lane_table));
     return word;
 }
 
@@ -130,14 +153,15 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], const
     }
 }
 
-// B: +-2^-7, by the parity of the bits that an incoming and an outgoing coordinate (their bits 3 to 6) share.
-template <int TYPE>
-__device__ __forceinline__ void hadamard_16(u32 (&b)[2][2], int lane) {
+// B: +-2^-7, by the parity of the bits that an incoming and an outgoing coordinate (their bits 3 to 6) share. Its columns
+// are outgoing coordinates: two tiles of them, or one with those whose bit 3 is zero.
+template <int TYPE, int TILES>
+__device__ __forceinline__ void hadamard_16(u32 (&b)[TILES][2], int lane) {
     const u32 one = TYPE == 1 ? 0x2000u : 0x3C00u;  // 2^-7
     int g = lane >> 2, i = lane & 3;
 #pragma unroll
-    for (int tile = 0; tile < 2; tile++) {
-        int to = (g >> 1) << 2 | tile << 1 | (g & 1);
+    for (int tile = 0; tile < TILES; tile++) {
+        int to = (g >> 1) << 2 | (TILES == 2 ? tile << 1 | (g & 1) : (g & 1) << 1);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             int from = half << 3 | i;  // and with bit 2 for the upper element
@@ -177,105 +201,140 @@ __device__ __forceinline__ uint4 load_four(const u32* x, int at, i64 stride, boo
 // `flips` holds the signs of the rotation: bit 15 - n and bit 31 - n those of the two coordinates in register n.
 __device__ __forceinline__ u32 flip(u32 pair, u32 flips, int n) { return pair ^ (flips << n & 0x80008000u); }
 
-template <class S>
-__device__ __forceinline__ void load_halves(Rotated& c, const void* rows[2], const bool (&there)[2], i64 stride,
-                                            const u32 (&b)[2][2], u32 flips) {
-    uint4 w[2][4];
+// Of each token a lane's 64 bytes, or the first or second 64 bytes if coordinates are float32.
+template <class S, int ROWS>
+__device__ __forceinline__ void load(uint4 (&w)[ROWS][4], const void* const (&rows)[ROWS], const bool (&there)[ROWS],
+                                     i64 stride, int part) {
 #pragma unroll
-    for (int row = 0; row < 2; row++)
+    for (int row = 0; row < ROWS; row++)
 #pragma unroll
-        for (int j = 0; j < 4; j++) w[row][j] = load_eight<S::VECTOR>((const u16*)rows[row], j, stride, there[row]);
+        for (int j = 0; j < 4; j++) {
+            if constexpr (S::TYPE == 2)
+                w[row][j] = load_four<S::VECTOR>((const u32*)rows[row], 32 * j + 4 * part, stride, there[row]);
+            else
+                w[row][j] = load_eight<S::VECTOR>((const u16*)rows[row], j, stride, there[row]);
+        }
+}
+
+// Adds product number m: with N = 4 that of bits 0-2 = m, with N = 1 those of 2 m (upper rows of A) and 2 m + 1.
+template <int TYPE, int N>
+__device__ __forceinline__ void add_product(Rotated<N>& c, int m, const u32 (&a)[4], const u32 (&b)[HALVES<N>][2]) {
+    if constexpr (N == 4) {
+        multiply<TYPE>(c[m][0], a, b[0]);
+        multiply<TYPE>(c[m][1], a, b[1]);
+    } else {
+        float d[4] = {c[2 * m][0][0], c[2 * m][1][0], c[2 * m + 1][0][0], c[2 * m + 1][1][0]};
+        multiply<TYPE>(d, a, b[0]);
+        c[2 * m][0][0] = d[0], c[2 * m][1][0] = d[1], c[2 * m + 1][0][0] = d[2], c[2 * m + 1][1][0] = d[3];
+    }
+}
+
+// Register n of A: row n & 1, coordinates with bit 6 = n >> 1. Bits 0-2 are as add_product says.
+template <class S, int N>
+__device__ __forceinline__ void multiply_halves(Rotated<N>& c, const uint4 (&w)[HALVES<N>][4],
+                                                const u32 (&b)[HALVES<N>][2], u32 flips) {
 #pragma unroll
-    for (int r = 0; r < 8; r++) {
+    for (int m = 0; m < 4 * HALVES<N>; m++) {
         u32 a[4];
 #pragma unroll
-        for (int n = 0; n < 4; n++) {  // row n & 1, coordinates with bit 6 = n >> 1
-            int row = n & 1, upper = n >> 1;
+        for (int n = 0; n < 4; n++) {
+            int row = N == 4 ? n & 1 : 0, r = N == 4 ? m : 2 * m + (n & 1), upper = n >> 1;
             const uint4 &low = w[row][2 * upper], &high = w[row][2 * upper + 1];
             u32 x = r < 2 ? low.x : r < 4 ? low.y : r < 6 ? low.z : low.w;
             u32 y = r < 2 ? high.x : r < 4 ? high.y : r < 6 ? high.z : high.w;
             a[n] = flip(__byte_perm(x, y, r & 1 ? 0x7632 : 0x5410), flips, 2 * r + upper);
         }
-        multiply<S::TYPE>(c[r][0], a, b[0]);
-        multiply<S::TYPE>(c[r][1], a, b[1]);
+        add_product<S::TYPE, N>(c, m, a, b);
     }
 }
 
 // A float32 is the sum of three bfloat16, cut out of its mantissa: the products are exact all the same.
-template <class S>
-__device__ __forceinline__ void load_floats(Rotated& c, const void* rows[2], const bool (&there)[2], i64 stride,
-                                            const u32 (&b)[2][2], u32 flips) {
+template <class S, int N>
+__device__ __forceinline__ void multiply_floats(Rotated<N>& c, const uint4 (&w)[HALVES<N>][4], int part,
+                                                const u32 (&b)[HALVES<N>][2], u32 flips) {
 #pragma unroll
-    for (int quarter = 0; quarter < 2; quarter++) {
-        uint4 w[2][4];
+    for (int m = 2 * HALVES<N> * part; m < 2 * HALVES<N> * (part + 1); m++) {
+        u32 a[3][4];
 #pragma unroll
-        for (int row = 0; row < 2; row++)
+        for (int n = 0; n < 4; n++) {
+            int row = N == 4 ? n & 1 : 0, r = N == 4 ? m : 2 * m + (n & 1), upper = n >> 1;
+            u32 pieces[2][3];
 #pragma unroll
-            for (int j = 0; j < 4; j++)
-                w[row][j] = load_four<S::VECTOR>((const u32*)rows[row], 32 * j + 4 * quarter, stride, there[row]);
+            for (int odd = 0; odd < 2; odd++) {
+                const uint4& four = w[row][2 * upper + odd];
+                int k = r & 3;
+                float x = __uint_as_float(k == 0 ? four.x : k == 1 ? four.y : k == 2 ? four.z : four.w);
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            int r = 4 * quarter + k;
-            u32 part[3][4];
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                int row = n & 1, upper = n >> 1;
-                u32 pieces[2][3];
-#pragma unroll
-                for (int odd = 0; odd < 2; odd++) {
-                    const uint4& four = w[row][2 * upper + odd];
-                    float x = __uint_as_float(k == 0 ? four.x : k == 1 ? four.y : k == 2 ? four.z : four.w);
-#pragma unroll
-                    for (int p = 0; p < 3; p++) {
-                        pieces[odd][p] = __float_as_uint(x) & 0xFFFF0000u;
-                        x -= __uint_as_float(pieces[odd][p]);
-                    }
+                for (int p = 0; p < 3; p++) {
+                    pieces[odd][p] = __float_as_uint(x) & 0xFFFF0000u;
+                    x -= __uint_as_float(pieces[odd][p]);
                 }
-#pragma unroll
-                for (int p = 0; p < 3; p++)
-                    part[p][n] = flip(pieces[0][p] >> 16 | pieces[1][p], flips, 2 * r + upper);
             }
 #pragma unroll
-            for (int p = 2; p >= 0; p--) {  // smallest first
-                multiply<0>(c[r][0], part[p], b[0]);
-                multiply<0>(c[r][1], part[p], b[1]);
-            }
+            for (int p = 0; p < 3; p++) a[p][n] = flip(pieces[0][p] >> 16 | pieces[1][p], flips, 2 * r + upper);
         }
+#pragma unroll
+        for (int p = 2; p >= 0; p--) add_product<0, N>(c, m, a[p], b);  // smallest first
     }
 }
 
-__device__ __forceinline__ void butterflies(Rotated& c) {
+template <class S, int N>
+__device__ __forceinline__ void multiply_part(Rotated<N>& c, const uint4 (&w)[HALVES<N>][4], int part,
+                                              const u32 (&b)[HALVES<N>][2], u32 flips) {
+    if constexpr (S::TYPE == 2)
+        multiply_floats<S, N>(c, w, part, b, flips);
+    else
+        multiply_halves<S, N>(c, w, b, flips);
+}
+
+template <int N>
+__device__ __forceinline__ void zero(Rotated<N>& c) {
+#pragma unroll
+    for (int n = 0; n < 16 * N; n++) c[n / (2 * N)][n / N & 1][n % N] = 0;
+}
+
+template <int N>
+__device__ __forceinline__ void butterflies(Rotated<N>& c) {
 #pragma unroll
     for (int stage = 1; stage < 8; stage *= 2)
 #pragma unroll
         for (int r = 0; r < 8; r++)
             if (!(r & stage))
 #pragma unroll
-                for (int n = 0; n < 8; n++) {
-                    float x = c[r][n >> 2][n & 3], y = c[r + stage][n >> 2][n & 3];
-                    c[r][n >> 2][n & 3] = x + y;
-                    c[r + stage][n >> 2][n & 3] = x - y;
+                for (int n = 0; n < 2 * N; n++) {
+                    float x = c[r][n / N][n % N], y = c[r + stage][n / N][n % N];
+                    c[r][n / N][n % N] = x + y;
+                    c[r + stage][n / N][n % N] = x - y;
                 }
 }
 
 // --- quantise ---------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+// The sum over the lanes of a token of what they have by bit 3 of the coordinate.
+template <int N>
+__device__ __forceinline__ float token_sum(const float (&x)[HALVES<N>]) {
+    float sum;
+    if constexpr (N == 4)
+        sum = x[0] + x[1];
+    else
+        sum = x[0] + __shfl_xor_sync(ALL_LANES, x[0], 4);
+    sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+    return sum + __shfl_xor_sync(ALL_LANES, sum, 2);
 }
 
-__device__ __forceinline__ float square(const Rotated& c, int row) {
-    float even = 0, odd = 0;
+template <int N>
+__device__ __forceinline__ float square(const Rotated<N>& c, int row) {
+    float sums[HALVES<N>] = {};
 #pragma unroll
     for (int r = 0; r < 8; r++)
 #pragma unroll
-        for (int b4 = 0; b4 < 2; b4++) {
-            float x = c[r][b4][2 * row], y = c[r][b4][2 * row + 1];
-            even = fmaf(x, x, even);
-            odd = fmaf(y, y, odd);
-        }
-    return quad_sum(even + odd);
+        for (int b4 = 0; b4 < 2; b4++)
+#pragma unroll
+            for (int b3 = 0; b3 < HALVES<N>; b3++) {
+                float x = c[r][b4][2 * row + b3];
+                sums[b3] = fmaf(x, x, sums[b3]);
+            }
+    return token_sum<N>(sums);
 }
 
 struct Sums {
@@ -283,21 +342,40 @@ struct Sums {
     float sine;         // 1 - cos^2 of the angle between z and z0
 };
 
+__device__ __forceinline__ u32 shift_in_sign(u32 word, float c) {
+    return __funnelshift_l(__float_as_uint(c), word, 1);
+}
+
+// For N = 1: puts a coordinate's code into the lane's words, which begin as zeros. With 4 bits these are two words, by bit
+// 4. With fewer a word is of two lanes, and the other's bits stay free.
+template <class S>
+__device__ __forceinline__ void put(u32 (&words)[S::BITS], int r, int b4, float c, u32 found) {
+    u32 signs = __float_as_uint(c), index = S::LEVELS - 1;
+    u32 code = S::BITS == 3 ? found & index : (found & index) | (signs >> (32 - S::BITS) & ~index);
+    words[b4] += code << 4 * r;
+    if constexpr (S::BITS == 3) words[2] += signs >> 31 << (4 * r + 2 * b4);
+}
+
 // The sums over one token's coordinates, from the errors e = |z| - z0: nothing cancels, so that two prescales compare right.
-__device__ __forceinline__ Sums errors(const Rotated& c, int row, float factor, float cc, u32 lane_table) {
-    float ce[2] = {0, 0}, ee[2] = {0, 0};
+// With N = 1 the codes as well.
+template <class S, int N>
+__device__ __forceinline__ Sums errors(const Rotated<N>& c, int row, float factor, float cc, u32 lane_table,
+                                       u32 (&words)[S::BITS]) {
+    float ce[HALVES<N>] = {}, ee[HALVES<N>] = {};
 #pragma unroll
     for (int r = 0; r < 8; r++)
 #pragma unroll
         for (int b4 = 0; b4 < 2; b4++)
 #pragma unroll
-            for (int b3 = 0; b3 < 2; b3++) {
+            for (int b3 = 0; b3 < HALVES<N>; b3++) {
                 float x = c[r][b4][2 * row + b3];
-                float e = fmaf(fabsf(x), factor, -level(look_up(x, factor, lane_table)));
+                u32 found = look_up<N>(x, factor, lane_table);
+                if constexpr (N == 1) put<S>(words, r, b4, x, found);
+                float e = fmaf(fabsf(x), factor, -level(found));
                 ce[b3] = fmaf(fabsf(x), e, ce[b3]);
                 ee[b3] = fmaf(e, e, ee[b3]);
             }
-    float zz = cc * factor * factor, z_e = quad_sum(ce[0] + ce[1]) * factor, e_e = quad_sum(ee[0] + ee[1]);
+    float zz = cc * factor * factor, z_e = token_sum<N>(ce) * factor, e_e = token_sum<N>(ee);
     Sums sums;
     sums.z_z0 = zz - z_e;
     sums.z0_z0 = zz - 2 * z_e + e_e;
@@ -314,16 +392,12 @@ __device__ __forceinline__ float stored_scale(float scale, float zz, float z_z0,
     return scale;
 }
 
-__device__ __forceinline__ u32 shift_in_sign(u32 word, float c) {
-    return __funnelshift_l(__float_as_uint(c), word, 1);
-}
-
-// The codes of one token's 32 coordinates in this lane: the lane's words of each plane, first plane first. WITH_SUMS: the
+// The codes of one token's coordinates in this lane: the lane's words of each plane, first plane first. WITH_SUMS: the
 // products of the levels on the way.
-template <class S, bool WITH_SUMS>
-__device__ __forceinline__ void encode(const Rotated& c, int row, float factor, u32 lane_table, u32 (&words)[S::BITS],
-                                       float& c_z0, float& z0_z0) {
-    float cz[2] = {0, 0}, zz[2] = {0, 0};
+template <class S, bool WITH_SUMS, int N>
+__device__ __forceinline__ void encode(const Rotated<N>& c, int row, float factor, u32 lane_table,
+                                       u32 (&words)[S::BITS], float& c_z0, float& z0_z0) {
+    float cz[HALVES<N>] = {}, zz[HALVES<N>] = {};
 #pragma unroll
     for (int n = 0; n < S::BITS; n++) words[n] = 0;
 #pragma unroll
@@ -331,32 +405,37 @@ __device__ __forceinline__ void encode(const Rotated& c, int row, float factor, 
 #pragma unroll
         for (int r = 7; r >= 0; r--)
 #pragma unroll
-            for (int b3 = 1; b3 >= 0; b3--) {
+            for (int b3 = HALVES<N> - 1; b3 >= 0; b3--) {
                 float x = c[r][b4][2 * row + b3];
-                u32 found = look_up(x, factor, lane_table);
+                u32 found = look_up<N>(x, factor, lane_table);
                 if (WITH_SUMS) {
                     if (S::RULE != 2) cz[b3] = fmaf(fabsf(x), level(found), cz[b3]);
                     if (S::RULE >= 2) zz[b3] = fmaf(level(found), level(found), zz[b3]);
                 }
-                u32& word = words[S::BITS == 4 ? 2 * b4 + b3 : b4];
-                if (S::BITS != 3) word = shift_in_sign(word, x);
-                word = (word << (S::BITS == 4 ? 3 : S::BITS == 3 ? 2 : 1)) | (found & (S::LEVELS - 1));
+                if constexpr (N == 1) {
+                    put<S>(words, r, b4, x, found);
+                } else {
+                    u32& word = words[S::BITS == 4 ? 2 * b4 + b3 : b4];
+                    if (S::BITS != 3) word = shift_in_sign(word, x);
+                    word = (word << (S::BITS == 4 ? 3 : S::BITS == 3 ? 2 : 1)) | (found & (S::LEVELS - 1));
+                }
             }
-    if constexpr (S::BITS == 3) {  // the sign is a plane of its own
+    if constexpr (N == 4 && S::BITS == 3) {  // the sign is a plane of its own
 #pragma unroll
         for (int r = 7; r >= 0; r--)
 #pragma unroll
             for (int n = 3; n >= 0; n--) words[2] = shift_in_sign(words[2], c[r][n >> 1][2 * row + (n & 1)]);
     }
     if (WITH_SUMS) {
-        c_z0 = quad_sum(cz[0] + cz[1]);
-        z0_z0 = quad_sum(zz[0] + zz[1]);
+        c_z0 = token_sum<N>(cz);
+        z0_z0 = token_sum<N>(zz);
     }
 }
 
 // A vector so large or small that its square leaves float32 is multiplied by a power of two. Of one that is not finite
 // `cc` becomes zero, and false comes back.
-__device__ __forceinline__ bool bring_into_range(Rotated& c, int row, float& cc, float& times, float& inverse) {
+template <int N>
+__device__ __forceinline__ bool bring_into_range(Rotated<N>& c, int row, float& cc, float& times, float& inverse) {
     if (!(cc <= LARGE)) {
         times = 1 / TWO_100;
         inverse = TWO_100;
@@ -365,16 +444,27 @@ __device__ __forceinline__ bool bring_into_range(Rotated& c, int row, float& cc,
         inverse = 1 / TWO_100;
     }
 #pragma unroll
-    for (int n = 0; n < 32; n++) c[n >> 2][n >> 1 & 1][2 * row + (n & 1)] *= times;
-    cc = square(c, row);
+    for (int n = 0; n < 16 * HALVES<N>; n++) c[n / (2 * HALVES<N>)][n / HALVES<N> & 1][2 * row + n % HALVES<N>] *= times;
+    cc = square<N>(c, row);
     bool finite = cc <= __uint_as_float(0x7F7FFFFF);
     if (!finite) cc = 0;
     return finite;
 }
 
-__device__ __forceinline__ void clear(Rotated& c, int row) {
+template <int N>
+__device__ __forceinline__ void clear(Rotated<N>& c, int row) {
 #pragma unroll
-    for (int n = 0; n < 32; n++) c[n >> 2][n >> 1 & 1][2 * row + (n & 1)] = 0;
+    for (int n = 0; n < 16 * HALVES<N>; n++) c[n / (2 * HALVES<N>)][n / HALVES<N> & 1][2 * row + n % HALVES<N>] = 0;
+}
+
+// The scale of a candidate is a bfloat16 in the vector's own units; `factor_of` brings c to units of the table.
+__device__ __forceinline__ float scale_of(float rms, float prescale, float inverse) {
+    return __uint_as_float(pack_bf16(0, rms * prescale * inverse));
+}
+
+__device__ __forceinline__ float factor_of(const Recipe& recipe, float scale, float times) {
+    float scaled = scale * times;
+    return scaled > 0 ? recipe.scale_to_unit / scaled : 0.0f;
 }
 
 // --- write ------------------------------------------------------------------------------------------------------------
@@ -421,6 +511,28 @@ struct Place {
     int token;
 };
 
+__device__ __forceinline__ Place place_of(const Target& target, i64 slot, int head) {
+    int offset = (int)slot & ((1 << target.page_shift) - 1);
+    i64 page = slot >> target.page_shift;
+    return {target.pages + (page * target.heads + head) * target.page_bytes + (offset >> 4) * TILE_BYTES, offset & 15};
+}
+
+__device__ __forceinline__ u32 bits_of_scale(bool finite, float scale) { return finite ? pack_bf16(scale, 0) : BF16_NAN; }
+
+template <class S>
+__device__ __forceinline__ void write_scale(const Place& place, u32 bits) {
+    *reinterpret_cast<u16*>(place.tile + S::SCALES + 2 * place.token) = bits;
+}
+
+// Word `which` of the row of one token in a plane of rows of WORDS words.
+template <class S, int WORDS>
+__device__ __forceinline__ void write_word(u8* plane, int token, int which, u32 word) {
+    if constexpr (S::IS_K)
+        write_row<1>(plane + token * 4 * WORDS + 4 * which, &word);
+    else
+        scatter_bytes<1>(plane, &word, which, token);
+}
+
 // V of 16 tokens that lie four by four in their tiles: each lane writes a word of four tokens, 16 bytes.
 template <class S>
 __device__ __forceinline__ void write_values(const Place (&place)[2], u32 (&words)[2][S::BITS], int lane) {
@@ -445,7 +557,7 @@ __device__ __forceinline__ void write_values(const Place (&place)[2], u32 (&word
     }
 }
 
-// --- the kernel -------------------------------------------------------------------------------------------------------
+// --- many tokens ------------------------------------------------------------------------------------------------------
 
 // One tile: 16 tokens from `first` on, of which some may not exist.
 template <class S>
@@ -463,41 +575,36 @@ __device__ __forceinline__ void store_tile(const Source& source, const Recipe& r
         rows[row] = (const u8*)source.data +
                     S::ITEM * (token * source.token + head * source.head + 8 * i * (S::VECTOR ? 1 : source.coordinate));
     }
-    Rotated c;
+    Rotated<4> c;
+    zero<4>(c);
 #pragma unroll
-    for (int n = 0; n < 64; n++) c[n >> 3][n >> 2 & 1][n & 3] = 0;
-    if constexpr (S::TYPE == 2)
-        load_floats<S>(c, rows, there, source.coordinate, b, flips);
-    else
-        load_halves<S>(c, rows, there, source.coordinate, b, flips);
-    butterflies(c);
+    for (int part = 0; part < PARTS<S>; part++) {
+        uint4 w[2][4];
+        load<S, 2>(w, rows, there, source.coordinate, part);
+        multiply_part<S, 4>(c, w, part, b, flips);
+    }
+    butterflies<4>(c);
 
-    float cc[2] = {square(c, 0), square(c, 1)}, times[2] = {1, 1}, inverse[2] = {1, 1};
+    float cc[2] = {square<4>(c, 0), square<4>(c, 1)}, times[2] = {1, 1}, inverse[2] = {1, 1};
     bool finite[2] = {true, true};
     bool usual = cc[0] >= SMALL && cc[0] <= LARGE && cc[1] >= SMALL && cc[1] <= LARGE;
     if (__any_sync(ALL_LANES, !usual)) {
-        finite[0] = bring_into_range(c, 0, cc[0], times[0], inverse[0]);
-        finite[1] = bring_into_range(c, 1, cc[1], times[1], inverse[1]);
+        finite[0] = bring_into_range<4>(c, 0, cc[0], times[0], inverse[0]);
+        finite[1] = bring_into_range<4>(c, 1, cc[1], times[1], inverse[1]);
     }
 
-    // The scale of a candidate is a bfloat16 in the vector's own units; `factor` brings c to units of the table.
     float factor[2], chosen[2];
     float rms[2] = {sqrtf(cc[0]), sqrtf(cc[1])};
-    auto scale_of = [&](int row, float prescale) {
-        return bf16_to_float(float_to_bf16(rms[row] * prescale * inverse[row]));
-    };
-    auto factor_of = [&](int row, float scale) {
-        float scaled = scale * times[row];
-        return scaled > 0 ? recipe.scale_to_unit / scaled : 0.0f;
-    };
+    u32 words[2][S::BITS];
     if constexpr (S::SEARCH) {
         float best[2];
 #pragma unroll 1
         for (int n = 0; n < recipe.prescales; n++) {
 #pragma unroll
             for (int row = 0; row < 2; row++) {
-                float scale = scale_of(row, recipe.prescale[n]), f = factor_of(row, scale);
-                Sums sums = errors(c, row, f, cc[row], lane_table);
+                float scale = scale_of(rms[row], recipe.prescale[n], inverse[row]);
+                float f = factor_of(recipe, scale, times[row]);
+                Sums sums = errors<S, 4>(c, row, f, cc[row], lane_table, words[row]);
                 if (n == 0 || sums.sine < best[row]) {
                     best[row] = sums.sine;
                     factor[row] = f;
@@ -508,20 +615,19 @@ __device__ __forceinline__ void store_tile(const Source& source, const Recipe& r
     } else {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
-            chosen[row] = scale_of(row, recipe.prescale[0]);
-            factor[row] = factor_of(row, chosen[row]);
+            chosen[row] = scale_of(rms[row], recipe.prescale[0], inverse[row]);
+            factor[row] = factor_of(recipe, chosen[row], times[row]);
         }
     }
     if (__any_sync(ALL_LANES, factor[0] == 0 || factor[1] == 0)) {  // zero has no sign
-        if (factor[0] == 0) clear(c, 0);
-        if (factor[1] == 0) clear(c, 1);
+        if (factor[0] == 0) clear<4>(c, 0);
+        if (factor[1] == 0) clear<4>(c, 1);
     }
 
-    u32 words[2][S::BITS];
 #pragma unroll
     for (int row = 0; row < 2; row++) {
         float c_z0, z0_z0;
-        encode<S, !S::SEARCH && S::RULE != 0>(c, row, factor[row], lane_table, words[row], c_z0, z0_z0);
+        encode<S, !S::SEARCH && S::RULE != 0, 4>(c, row, factor[row], lane_table, words[row], c_z0, z0_z0);
         if constexpr (!S::SEARCH && S::RULE != 0) {
             float f = factor[row];
             chosen[row] = stored_scale<S::RULE>(chosen[row], cc[row] * f * f, c_z0 * f, z0_z0);
@@ -531,14 +637,8 @@ __device__ __forceinline__ void store_tile(const Source& source, const Recipe& r
     Place place[2];
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-        int offset = (int)slot[row] & ((1 << target.page_shift) - 1);
-        i64 page = slot[row] >> target.page_shift;
-        place[row].tile = target.pages + (page * target.heads + head) * target.page_bytes + (offset >> 4) * TILE_BYTES;
-        place[row].token = offset & 15;
-        if (i == 0 && slot[row] >= 0) {
-            u32 scale = finite[row] ? float_to_bf16(chosen[row]) : BF16_NAN;
-            *reinterpret_cast<u16*>(place[row].tile + S::SCALES + 2 * place[row].token) = scale;
-        }
+        place[row] = place_of(target, slot[row], head);
+        if (i == 0 && slot[row] >= 0) write_scale<S>(place[row], bits_of_scale(finite[row], chosen[row]));
     }
     constexpr int WORDS0 = S::BITS == 4 ? 4 : 2;
     if constexpr (S::IS_K) {
@@ -585,11 +685,10 @@ __device__ __forceinline__ void store_side(const Source& source, const Recipe& r
         }
     };
     prefetch(tile);
-    fill_table<S>(table, recipe);
+    fill_table<S, 4, WARPS * 32>(table, recipe);
     u32 b[2][2];
-    hadamard_16<S::TYPE>(b, lane);
-    u32 mine = flips[lane & 3];
-    u32 lane_table = (u32)__cvta_generic_to_shared(table) + 4 * lane - CEILING_BITS * 128;
+    hadamard_16<S::TYPE, 2>(b, lane);
+    u32 mine = flips[lane & 3], lane_table = address_of<4>(table, lane);
     __syncthreads();
     for (; tile < tiles; tile += gridDim.x * WARPS) {
         prefetch(tile + gridDim.x * WARPS);
@@ -605,4 +704,127 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void store(const __grid_c
         store_side<KeySide>(call.k, format.k, call.target, format.flips, table);
     else
         store_side<ValueSide>(call.v, format.v, call.target, format.flips, table);
+}
+
+// --- few tokens -------------------------------------------------------------------------------------------------------
+
+// The compiler moves what it can to where it is used, behind a barrier or a branch, where nobody waits for memory any more.
+// So x is computed before what follows; and what comes through a shuffle is not computed or loaded a second time either.
+template <class T>
+__device__ __forceinline__ void compute_now(T& x) {
+    if constexpr (sizeof(T) == 8)
+        asm volatile("" : "+l"(x));
+    else
+        asm volatile("" : "+r"(x));
+}
+template <class T>
+__device__ __forceinline__ void hold(T& x) {
+    x = __shfl_sync(ALL_LANES, x, threadIdx.x & 31);
+}
+
+// Lane 8 q + 4 h + i has coordinates with bit 3 = h and bits 5, 6 = i, of token or for prescale q of the warp. The vectors
+// are under way while all is made ready that does not depend on them.
+template <class S>
+__device__ __forceinline__ void store_few_side(const Source& source, const Recipe& recipe, const Target& target,
+                                               const u32* flips, u32* table) {
+    int lane = threadIdx.x & 31, i = lane & 3, half = lane >> 2 & 1, q = lane >> 3;
+    int warp = blockIdx.x * FEW_WARPS + (threadIdx.x >> 5), token = S::SEARCH ? warp : warp * GROUPS + q;
+    const bool there[1] = {token < target.tokens};
+    const void* rows[1] = {(const u8*)source.data + S::ITEM * (token * source.token + blockIdx.y * source.head +
+                                                               8 * i * (S::VECTOR ? 1 : source.coordinate))};
+    uint4 w[PARTS<S>][1][4];
+#pragma unroll
+    for (int part = 0; part < PARTS<S>; part++) load<S, 1>(w[part], rows, there, source.coordinate, part);
+    i64 slot = there[0] ? __ldg(target.slots + token) : -1;
+    int n = S::SEARCH ? q : 0;
+    float prescale = recipe.prescale[n];
+    u32 b[1][2], mine = flips[i] ^ (half & i ? ALL_LANES : 0), lane_table = address_of<1>(table, lane);
+    hadamard_16<S::TYPE, 1>(b, lane);
+    compute_now(b[0][0]), compute_now(b[0][1]), compute_now(mine);
+    hold(prescale), hold(lane_table);
+    fill_table<S, 1, FEW_WARPS * 32>(table, recipe);
+    __syncthreads();
+
+    Rotated<1> c;
+    zero<1>(c);
+#pragma unroll
+    for (int part = 0; part < PARTS<S>; part++) multiply_part<S, 1>(c, w[part], part, b, mine);
+    butterflies<1>(c);
+    Place place = place_of(target, slot, blockIdx.y);
+    i64 to = place.tile - target.pages;
+    compute_now(to);  // while sums are waited for
+    place.tile = target.pages + to;
+    float cc = square<1>(c, 0), times = 1, inverse = 1;
+    bool finite = true;
+    if (!there[0]) cc = 1;
+    if (__builtin_expect(__any_sync(ALL_LANES, !(cc >= SMALL && cc <= LARGE)), false))
+        finite = bring_into_range<1>(c, 0, cc, times, inverse);
+
+    float rms = sqrtf(cc), scale, factor, z_z0 = 0, z0_z0 = 0;
+    u32 words[S::BITS];
+    bool chosen = slot >= 0;
+    if constexpr (S::SEARCH) {
+        float best;
+        int candidate;
+        for (int begin = 0;;) {  // prescales that do not exist are zero, and never the best
+            u32 codes[S::BITS] = {};
+            float s = scale_of(rms, prescale, inverse), f = factor_of(recipe, s, times);
+            Sums sums = errors<S, 1>(c, 0, f, cc, lane_table, codes);
+            // NaN (of scale zero) is the best if it comes first, and else never.
+            float sine = sums.sine == sums.sine ? sums.sine : __uint_as_float(n == 0 ? 0xFF800000u : 0x7F800000u);
+            if (begin == 0 || sine < best) {
+                best = sine, z_z0 = sums.z_z0, z0_z0 = sums.z0_z0;
+                candidate = n, scale = s, factor = f;
+#pragma unroll
+                for (int k = 0; k < S::BITS; k++) words[k] = codes[k];
+            }
+            begin += GROUPS;
+            if (begin >= recipe.prescales) break;
+            n = min(begin + q, MAX_PRESCALES - 1);
+            prescale = recipe.prescale[n];
+        }
+        int winner = candidate;  // the first of the best
+#pragma unroll
+        for (int other = 8; other < 32; other *= 2) {
+            float sine = __shfl_xor_sync(ALL_LANES, best, other);
+            int m = __shfl_xor_sync(ALL_LANES, winner, other);
+            bool better = sine < best || (sine == best && m < winner);
+            best = better ? sine : best;
+            winner = better ? m : winner;
+        }
+        chosen = chosen && candidate == winner && (winner & (GROUPS - 1)) == q;
+    } else {
+        scale = scale_of(rms, prescale, inverse);
+        factor = factor_of(recipe, scale, times);
+        encode<S, S::RULE != 0, 1>(c, 0, factor, lane_table, words, z_z0, z0_z0);
+        z_z0 *= factor;
+    }
+#pragma unroll
+    for (int k = 0; k < S::BITS; k++) {
+        if (factor == 0) words[k] = 0;  // zero has no sign
+        if constexpr (S::BITS != 4) {   // a word of two lanes
+            words[k] <<= k < 2 ? 2 * half : half;
+            words[k] |= __shfl_xor_sync(ALL_LANES, words[k], 4);
+        }
+    }
+    if (!chosen) return;
+    if constexpr (S::BITS == 4) {
+        write_word<S, 16>(place.tile + S::PLANE0, place.token, 4 * i + half, words[0]);
+        write_word<S, 16>(place.tile + S::PLANE0, place.token, 4 * i + 2 + half, words[1]);
+    } else {
+        write_word<S, 8>(place.tile + S::PLANE0, place.token, 2 * i + half, half ? words[1] : words[0]);
+        if constexpr (S::BITS == 3)
+            if (half == 0) write_word<S, 4>(place.tile + S::PLANE1, place.token, i, words[2]);
+    }
+    if ((lane & 7) == 0)
+        write_scale<S>(place, bits_of_scale(finite, stored_scale<S::RULE>(scale, cc * factor * factor, z_z0, z0_z0)));
+}
+
+extern "C" __global__ __launch_bounds__(FEW_WARPS * 32) void store_few(const __grid_constant__ Call call,
+                                                                       const __grid_constant__ Format format) {
+    __shared__ __align__(16) u32 table[CELLS * COPIES<1>];
+    if (blockIdx.z == 0)
+        store_few_side<KeySide>(call.k, format.k, call.target, format.flips, table);
+    else
+        store_few_side<ValueSide>(call.v, format.v, call.target, format.flips, table);
 }

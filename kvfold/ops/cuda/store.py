@@ -25,9 +25,10 @@ from kvfold.rotation import rotation_matrix
 HEAD_SIZE = 128
 WIDTHS = (2, 3, 4)
 
-_WARPS = 8  # of a block, as in store.cu
+_WARPS, _FEW_WARPS = 8, 4  # of a block of either kernel, as in store.cu
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _RULES = {"plain": 0, "unbiased": 1, "nc": 2, "mse": 3}
+_FEW = 2048  # vectors (tokens x heads) up to which the kernel for few tokens is faster
 _ALIGN_FROM = 64  # tokens from which on tiles follow the slots: for fewer, waiting for the first slot costs more
 
 
@@ -102,6 +103,8 @@ def _flips() -> tuple[int, ...]:
 
 class _Plan(NamedTuple):
     kernel: runtime.Kernel
+    few: runtime.Kernel
+    few_tokens: int  # of a block of the latter
     format: _Format
     blocks: int  # that run at once, of each side
     page_bytes: int
@@ -135,8 +138,12 @@ def _defines(layout: PageLayout, k: Input, v: Input) -> dict[str, int | str]:
 def _plan(layout: PageLayout, k: Input, v: Input, device: torch.device) -> _Plan:
     if reason := supports(layout):
         raise FormatError(f"{reason}; use ops.backend('auto'), which chooses an implementation that can")
+    defines = _defines(layout, k, v)
+    searches = layout.format.k.prescales > 1 or layout.format.v.prescales > 1
     return _Plan(
-        runtime.kernel("store.cu", "store", device, **_defines(layout, k, v)),
+        runtime.kernel("store.cu", "store", device, **defines),
+        runtime.kernel("store.cu", "store_few", device, **defines),
+        _FEW_WARPS * (1 if searches else 4),
         _Format(_recipe(layout.format.k), _recipe(layout.format.v), (ctypes.c_uint32 * 4)(*_flips())),
         torch.cuda.get_device_properties(device).multi_processor_count,
         layout.page_bytes,
@@ -173,10 +180,13 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
     )
     tokens, heads = len(k), pages.shape[1]
     align = tokens >= _ALIGN_FROM
-    tiles = (tokens + (TILE + 2 if align else TILE - 1)) // TILE * heads
     slots = slots.contiguous()
     call = _Call(
         k_address, *k_strides, v_address, *v_strides,
         slots.data_ptr(), pages_address, plan.page_bytes, plan.page_shift, tokens, heads, align,
     )  # fmt: skip
-    plan.kernel.launch((min(tiles, plan.blocks), 2, 1), 32 * _WARPS, 0, call, plan.format)
+    if tokens * heads <= _FEW:
+        plan.few.launch((-(-tokens // plan.few_tokens), heads, 2), 32 * _FEW_WARPS, 0, call, plan.format)
+    else:
+        tiles = (tokens + (TILE + 2 if align else TILE - 1)) // TILE * heads
+        plan.kernel.launch((min(tiles, plan.blocks), 2, 1), 32 * _WARPS, 0, call, plan.format)
