@@ -28,7 +28,7 @@ from kvfold.rotation import rotate
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-TOLERANCE = {BF16: 4e-3, F16: 1e-3, F32: 3e-4}
+TOLERANCE = {BF16: 4e-3, F16: 1e-3, F32: 5e-4}
 """Largest error of a row of the output, relative to its norm. Rounding to bfloat16 alone makes 1.7e-3."""
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 BACKEND = "cuda"
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-TOLERANCE = {BF16: 4e-3, F16: 1e-3, F32: 3e-4}
+TOLERANCE = {BF16: 4e-3, F16: 1e-3, F32: 5e-4}
 """Largest error of a row of the output, relative to its norm. Rounding to bfloat16 alone makes 1.7e-3."""
 RAGGED = (0, 1, 15, 16, 31, 32, 33, 64, 128, 200, 777, 1024)
 

@@ -41,6 +41,8 @@ inline void cvt_u16_u32(u16& d, u32 a) { d = a; }
 inline void cvt_f32_f16(float& d, u16 a) { d = from_f16(a); }
 inline void ex2_approx_ftz_f32(float& d, float a) { d = flush((float)exp2((double)flush(a))); }
 inline void lg2_approx_ftz_f32(float& d, float a) { d = flush((float)log2((double)flush(a))); }
+inline void max_NaN_f32(float& d, float a, float b) { d = a != a || b != b ? __uint_as_float(0x7fffffffu) : a > b ? a : b; }
+inline void rcp_approx_ftz_f32(float& d, float a) { d = flush(1.f / flush(a)); }
 inline void mul_rn_sat_f32(float& d, float a, float b) {
     const float product = a * b;
     d = product > 1.f ? 1.f : product > 0.f ? product : 0.f;  // NaN becomes 0
@@ -58,6 +60,7 @@ inline void prmt_b32(u32& d, u32 a, u32 b, u32 selectors) {  // a selector's top
     d = r;
 }
 inline void mad_lo_u32(u32& d, u32 a, u32 b, u32 c) { d = a * b + c; }
+inline void dp2a_lo_u32_u32(u32& d, u32 a, u32 b, u32 c) { d = c + (a & 0xFFFFu) * (b & 255u) + (a >> 16) * (b >> 8 & 255u); }
 inline void lop3_b32(u32& d, u32 a, u32 b, u32 c, u32 table) {
     u32 r = 0;
     for (int n = 0; n < 8; n++)
@@ -157,9 +160,34 @@ inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(A&&... operands)
     mma_halves<true>(operands...);
 }
 
+// An 8 x 8 matrix of 16-bit elements: lane 4 g + i holds those in row g, columns 2 i and 2 i + 1.
+inline void movmatrix_sync_aligned_m8n8_trans_b16(u32& d, u32 a) {
+    const int lane = host::lane();
+    auto& meeting = host::meet(host::MMA, ~0u, [&](host::Meeting& m) { m.a[lane][0] = a; });
+    const int g = lane >> 2, i = lane & 3;
+    auto element = [&](int row, int column) { return meeting.a[4 * row + column / 2][0] >> 16 * (column & 1) & 0xFFFFu; };
+    d = element(2 * i, g) | element(2 * i + 1, g) << 16;
+}
+
 // --- memory -----------------------------------------------------------------------------------------------------------
 
 inline void ld_shared_u32(u32& d, u32 address) { memcpy(&d, host::shared_at(address, 4, 4, "a load"), 4); }
+inline void ld_shared_v2_u32(u32& d0, u32& d1, u32 address) {
+    const u32* from = (const u32*)host::shared_at(address, 8, 8, "a load");
+    d0 = from[0], d1 = from[1];
+}
+inline void ld_shared_v4_u32(u32& d0, u32& d1, u32& d2, u32& d3, u32 address) {
+    const u32* from = (const u32*)host::shared_at(address, 16, 16, "a load");
+    d0 = from[0], d1 = from[1], d2 = from[2], d3 = from[3];
+}
+inline void ld_relaxed_gpu_v2_f32(float& d0, float& d1, const void* from) {
+    d0 = ((const float*)from)[0], d1 = ((const float*)from)[1];
+}
+inline void ld_relaxed_gpu_v4_f32(float& d0, float& d1, float& d2, float& d3, const void* from) {
+    const float* at = (const float*)from;
+    d0 = at[0], d1 = at[1], d2 = at[2], d3 = at[3];
+}
+inline void atom_add_acq_rel_gpu_global_u32(u32& d, u32* at, u32 x) { d = *at, *at += x; }
 inline void prefetch_global_L2(const void*) {}
 inline void fence_mbarrier_init_release_cluster() {}
 

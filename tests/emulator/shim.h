@@ -84,6 +84,10 @@ inline float __fadd_ru(float a, float b) {
     const float near = (float)exact;
     return near < exact ? nextafterf(near, INFINITY) : near;
 }
+inline float __frcp_rn(float a) { return 1.f / a; }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
 inline float __fdividef(float a, float b) {
     const float size = fabsf(b);
     if (size > 0x1p126f && size <= 0x1.fffffep127f) return fabsf(a) == INFINITY ? NAN : 0.f;
@@ -120,6 +124,15 @@ inline unsigned atomicMax(unsigned* p, unsigned x) {
 // --- warps and blocks -------------------------------------------------------------------------------------------------
 
 inline void __syncthreads() { host::block_barrier(); }
+inline int __syncthreads_or(int predicate) {
+    static int any;
+    host::block_barrier();
+    any = 0;
+    host::block_barrier();
+    any |= predicate;
+    host::block_barrier();
+    return any != 0;
+}
 inline void __syncwarp(unsigned mask = ~0u) {
     host::meet(host::SYNC, mask, [](host::Meeting&) {});
 }

@@ -23,39 +23,47 @@
 #define STEP_TOKENS 32
 #define TILE_BYTES (TILE_TOKENS * (D / 8 * (KBITS + VBITS) + 4))
 #define STEP_BYTES (2 * TILE_BYTES)
+#define SLOT_BYTES (STEP_BYTES + 16) // of the ring: a step and its mbarrier
+#define COPIES (PAGE == 16 ? 2 : 1)  // of a step
+#define WINDOW (32 / COPIES)         // steps whose addresses the lanes of a warp know
 #define V_CODES (TILE_TOKENS * D / 8 * KBITS)
 #define SCALES (TILE_TOKENS * D / 8 * (KBITS + VBITS))
 #define THREADS (32 * WARPS)
 #define ROWS (4 * NB)
 #define PARTIAL (NB * 18 * 32) // floats of a partial result: 16 outputs, reference and sum of a lane's row, 32 lanes
 #define Q_BYTES (ROWS * 256 + ROWS * 8) // a rotated query block
-#define W_BYTES (NB * 256)              // weights on their way to the other operand
 #define SLOTS (FIXED ? 1 : 2) // partial results of a CTA
-#define HEADROOM 4.f // of the weights' reference over the first weights
+#define PLACES 3 // of a warp in scratch
+#define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
+#define SLACK 32 // pieces may be longer than equal stretches by one part in so many
+#define CHECKED 256 // steps after which integer sums may be too large
 #define NOTHING -1e30f
 
-struct Params {
-    const u8* pages;
-    const int* table;
-    const void* q;
-    void* out;
-    float* lse;
+struct Params { // what is needed first comes first: constants arrive by lines
     const void* seq_lens;
     const void* first;
     const void* query_start;
-    const u8* mask;
-    float* scratch;   // partial results of CTAs [grid, 2], then of warps [grid, WARPS, 2]; FIXED: of CTAs alone [grid]
-    u32* counters;    // [CTAs]: all zero before and after
-    i64 q_stride_b, q_stride_t, q_stride_h;
-    i64 mask_stride_b, mask_stride_t;
+    int batch, num_queries, heads, row_blocks, group;
+    int lag, window; // window 0: none
+    int wide;        // bit 0: seq_lens is int64, bit 1: first, bit 2: query_start
+    u32 largest_piece; // of an item, see deal()
+    u64 warps_inverse; // 2^64 over the number of warps, rounded up
+    const int* table;
+    const void* q;
+    const u8* pages;
     u32 page_stride;
     int table_stride, pages_per_sequence;
-    int batch, num_queries, heads, group, row_blocks;
-    int lag, window; // window 0: none
+    u32 table_bytes, q_bytes; // how far they reach
     u32 minus_one, low_nibbles; // -1 and 0x0f0f0f0f, kept from the compiler, which would use them worse
-    int wide;        // bit 0: seq_lens is int64, bit 1: first, bit 2: query_start
-    int splits, begin; // FIXED only: of a sequence; the first sequence of this launch
     float scale_log2; // score scale * log2(e)
+    i64 q_stride_b, q_stride_t, q_stride_h;
+    float* scratch; // partial results of CTAs [grid, 2], then of warps [grid, WARPS, 3]; FIXED: of CTAs alone [grid]
+    u32* counters;  // [CTAs]: all zero before and after
+    void* out;
+    float* lse;
+    const u8* mask;
+    i64 mask_stride_b, mask_stride_t;
+    int splits, begin; // FIXED only: of a sequence; the first sequence of this launch
     float softcap_log2;  // softcap * log2(e)
     float softcap_inv;   // 1 / (softcap * log2 e)
 };
@@ -73,12 +81,32 @@ __device__ __forceinline__ u32 complement(u32 x, u32 minus_one) {
     asm("mad.lo.u32 %0, %1, %2, %2;" : "=r"(r) : "r"(x), "r"(minus_one));
     return r;
 }
+// x >> 16 by a dot product: the multiplier is idle, the integer unit is not.
+__device__ __forceinline__ u32 upper(u32 x) {
+    u32 r;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x0100u), "r"(0u));
+    return r;
+}
 // Bits of x where mask is set, of y elsewhere: one instruction, if the mask is no constant.
 __device__ __forceinline__ u32 select(u32 x, u32 y, u32 mask) {
     u32 r;
     asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(r) : "r"(x), "r"(y), "r"(mask));
     return r;
 }
+// The larger one, or NaN if one is.
+__device__ __forceinline__ float max_nan(float x, float y) {
+    float r;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+    return r;
+}
+// An 8 x 8 matrix of 16-bit elements, two neighbouring ones of row lane / 4 in each lane: rows become columns.
+__device__ __forceinline__ u32 transpose(u32 x) {
+    u32 r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+    return r;
+}
+// x, in a register: without this the compiler computes it anew in each step.
+__device__ __forceinline__ u32 pin(u32 x, u32 lane) { return __shfl_sync(~0u, x, lane); }
 __device__ __forceinline__ float ex2(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -87,6 +115,11 @@ __device__ __forceinline__ float ex2(float x) {
 __device__ __forceinline__ float lg2(float x) {
     float r;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+__device__ __forceinline__ float reciprocal_of(u32 x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"((float)x));
     return r;
 }
 __device__ __forceinline__ u32 bits(float x) { return __float_as_uint(x); }
@@ -105,8 +138,8 @@ __device__ __forceinline__ void mma_u8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void barrier_init(u32 bar) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+__device__ __forceinline__ void barrier_init(u32 bar, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
@@ -123,6 +156,42 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
             bar),
         "r"(parity)
         : "memory");
+}
+
+// Shared memory by its address. Volatile: the copies that write it are nothing that the compiler sees.
+__device__ __forceinline__ u32 load_4(u32 from) {
+    u32 r;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(from));
+    return r;
+}
+__device__ __forceinline__ uint2 load_8(u32 from) {
+    uint2 r;
+    asm volatile("ld.shared.v2.u32 {%0,%1}, [%2];" : "=r"(r.x), "=r"(r.y) : "r"(from));
+    return r;
+}
+__device__ __forceinline__ uint4 load_16(u32 from) {
+    uint4 r;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(from));
+    return r;
+}
+
+// Adds to a counter: all that this CTA wrote before is seen by whoever reads the sum, and the other way round.
+__device__ __forceinline__ u32 add_release_acquire(u32* counter, u32 x) {
+    u32 before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
+    return before;
+}
+
+// Past L1, from global or shared memory.
+__device__ __forceinline__ float4 load_coherent(const float4* from) {
+    float4 r;
+    asm volatile("ld.relaxed.gpu.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(r.x), "=f"(r.y), "=f"(r.z), "=f"(r.w) : "l"(from) : "memory");
+    return r;
+}
+__device__ __forceinline__ float2 load_coherent(const float2* from) {
+    float2 r;
+    asm volatile("ld.relaxed.gpu.v2.f32 {%0,%1}, [%2];" : "=f"(r.x), "=f"(r.y) : "l"(from) : "memory");
+    return r;
 }
 
 // --- inputs and outputs --------------------------------------------------------------------------------------------------
@@ -204,36 +273,62 @@ __device__ __forceinline__ void unpack(const Four& v, float (&x)[4]) {
 #endif
 }
 
-// Four neighbouring coordinates of row r of an item, as they are.
-__device__ __forceinline__ Four load_row(const Params& P, int hr, int b, int r, int lane) {
-    const int h = hr / P.row_blocks, rows = P.num_queries * P.group;
-    const int row = min((hr - h * P.row_blocks) * ROWS + r, rows - 1);
-    const int t = row / P.group, head = h * P.group + row - t * P.group;
-    const i64 at = b * P.q_stride_b + t * P.q_stride_t + head * P.q_stride_h + 4 * lane;
-    return *(const Four*)((const u8*)P.q + at * (QTYPE == 2 ? 4 : 2));
+__device__ __forceinline__ u32 bits_of(const Four& v) {
+#if QTYPE == 2
+    return bits(v.x) | bits(v.y) | bits(v.z) | bits(v.w);
+#else
+    return v.x | v.y;
+#endif
 }
 
-// Rotate rows of an item (those with number `rank` modulo `ranks`; the first is at hand) and cut them into bytes:
-// [row][high, low][128 coordinates], and for each row the value of a unit and the sum.
-__device__ __forceinline__ void rotate_rows(const Params& P, Four raw, u8* to, int hr, int b, int rank, int ranks, int lane) {
+// An item is a sequence and `hr`, which numbers KV heads and blocks of query rows. Most calls need no division for these.
+__device__ __forceinline__ int head_of(const Params& P, int hr) { return P.row_blocks == 1 ? hr : hr / P.row_blocks; }
+__device__ __forceinline__ int block_of(const Params& P, int hr) { return P.row_blocks == 1 ? 0 : hr % P.row_blocks; }
+__device__ __forceinline__ int token_of(const Params& P, int row) { return P.num_queries == 1 ? 0 : row / P.group; }
+
+// Four neighbouring coordinates of each row of an item, as they are.
+__device__ __forceinline__ void load_rows(const Params& P, Four (&raw)[ROWS], int hr, int b, int lane) {
+    const int h = head_of(P, hr), last = P.num_queries * P.group - 1;
+    int row = min(block_of(P, hr) * ROWS, last), t = token_of(P, row), j = row - t * P.group;
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+        const i64 at = b * P.q_stride_b + t * P.q_stride_t + (h * P.group + j) * P.q_stride_h + 4 * lane;
+        raw[r] = *(const Four*)((const u8*)P.q + at * (QTYPE == 2 ? 4 : 2));
+        if (row++ < last && ++j == P.group) j = 0, t++;
+    }
+}
+
+// Products with the Hadamard matrix, not normalised; a lane holds four neighbouring coordinates.
+__device__ __forceinline__ float4 hadamard(float4 v, int lane) {
+    const float u0 = v.x + v.y, u1 = v.x - v.y, u2 = v.z + v.w, u3 = v.z - v.w;
+    v = make_float4(u0 + u2, u1 + u3, u0 - u2, u1 - u3);
+#pragma unroll
+    for (int k = 1; k < 32; k <<= 1) {
+        const float own = lane & k ? -1.f : 1.f;
+        v.x = fmaf(own, v.x, __shfl_xor_sync(~0u, v.x, k)), v.y = fmaf(own, v.y, __shfl_xor_sync(~0u, v.y, k));
+        v.z = fmaf(own, v.z, __shfl_xor_sync(~0u, v.z, k)), v.w = fmaf(own, v.w, __shfl_xor_sync(~0u, v.w, k));
+    }
+    return v;
+}
+
+// Rotate rows of an item (those with number `rank` modulo `ranks`) and cut them into bytes: [row][high, low][128
+// coordinates], and for each row the value of a unit and the sum.
+__device__ __forceinline__ void rotate_rows(const Params& P, Four (&raw)[ROWS], u8* to, int rank, int ranks, int lane) {
     const u32 flips = signs(lane >> 3) >> (4 * (lane & 7));
     u32* words = (u32*)to;
     int2* sums = (int2*)(to + ROWS * 256);
 #pragma unroll 1
-    for (int r = rank; r < ROWS; r += ranks) { // a lane holds four coordinates
+    for (int r = 0; r < ROWS; r++) { // a lane holds four coordinates
         float x[4];
-        unpack(raw, x);
-        if (r + ranks < ROWS) raw = load_row(P, hr, b, r + ranks, lane);
+        unpack(raw[0], x);
+#pragma unroll
+        for (int n = 1; n < ROWS; n++) raw[n - 1] = raw[n];
+        if (rank-- != 0) continue;
+        rank = ranks - 1;
 #pragma unroll
         for (int e = 0; e < 4; e++) x[e] = flt(bits(x[e]) ^ (flips >> e << 31));
-        const float u0 = x[0] + x[1], u1 = x[0] - x[1], u2 = x[2] + x[3], u3 = x[2] - x[3];
-        x[0] = u0 + u2, x[1] = u1 + u3, x[2] = u0 - u2, x[3] = u1 - u3;
-#pragma unroll
-        for (int k = 1; k < 32; k <<= 1) {
-            const float own = lane & k ? -1.f : 1.f;
-#pragma unroll
-            for (int e = 0; e < 4; e++) x[e] = fmaf(own, x[e], __shfl_xor_sync(~0u, x[e], k));
-        }
+        const float4 turned = hadamard(make_float4(x[0], x[1], x[2], x[3]), lane);
+        x[0] = turned.x, x[1] = turned.y, x[2] = turned.z, x[3] = turned.w;
         // as integers, the absolute values of floats are in order, and infinities and NaN come last
         u32 most = 0;
 #pragma unroll
@@ -258,13 +353,27 @@ __device__ __forceinline__ void rotate_rows(const Params& P, Four raw, u8* to, i
     }
 }
 
-// What rotate_rows wrote, as this lane's operand.
-__device__ __forceinline__ void load_query(const Params& P, Query& Q, const u8* from, int hr, int b, int lane) {
-    const int g = lane >> 2, i = lane & 3;
-    const int block = hr % P.row_blocks, rows = P.num_queries * P.group;
+// What the rows of an item see.
+__device__ __forceinline__ void look_out(const Params& P, Query& Q, int hr, int b, int lane) {
+    const int block = block_of(P, hr), rows = P.num_queries * P.group;
     const Sight s = sight(P, b);
     Q.inner_from = 0;
     Q.inner_to = 0x7fffffff;
+#pragma unroll
+    for (int nb = 0; nb < NB; nb++) {
+        const int t = token_of(P, min(block * ROWS + nb * 4 + (lane & 3), rows - 1));
+        Q.from[nb] = visible_from(P, s, t);
+        Q.to[nb] = visible_to(P, s, t);
+        Q.inner_from = max(Q.inner_from, Q.from[nb]);
+        Q.inner_to = min(Q.inner_to, Q.to[nb]);
+    }
+    Q.inner_from = __reduce_max_sync(~0u, Q.inner_from);
+    Q.inner_to = __reduce_min_sync(~0u, Q.inner_to);
+}
+
+// What rotate_rows wrote, as this lane's operand.
+__device__ __forceinline__ void load_query(Query& Q, const u8* from, int lane) {
+    const int g = lane >> 2, i = lane & 3;
 #pragma unroll
     for (int nb = 0; nb < NB; nb++) {
         const uint4* words = (const uint4*)(from + (nb * 4 + (g >> 1)) * 256 + (g & 1) * 128 + 32 * i);
@@ -273,14 +382,7 @@ __device__ __forceinline__ void load_query(const Params& P, Query& Q, const u8* 
         Q.b[nb][4] = w.x, Q.b[nb][5] = w.y, Q.b[nb][6] = w.z, Q.b[nb][7] = w.w;
         const int2 sums = ((const int2*)(from + ROWS * 256))[nb * 4 + i];
         Q.unit[nb] = flt((u32)sums.x), Q.half_sum[nb] = sums.y;
-        const int t = min(block * ROWS + nb * 4 + i, rows - 1) / P.group;
-        Q.from[nb] = visible_from(P, s, t);
-        Q.to[nb] = visible_to(P, s, t);
-        Q.inner_from = max(Q.inner_from, Q.from[nb]);
-        Q.inner_to = min(Q.inner_to, Q.to[nb]);
     }
-    Q.inner_from = __reduce_max_sync(~0u, Q.inner_from);
-    Q.inner_to = __reduce_min_sync(~0u, Q.inner_to);
 }
 
 // --- partial results -----------------------------------------------------------------------------------------------------
@@ -333,101 +435,78 @@ __device__ __forceinline__ void save(const State& S, float* to, int lane) {
     }
 }
 
-// Merge one quad of partial results first, first + stride... before end, which where() finds, in this order. What other CTAs
-// wrote comes past L1, which nobody keeps coherent. Four at a time, so that loads do not wait for each other.
-template <bool GLOBAL, typename Where>
-__device__ __forceinline__ void merge(int first, int stride, int end, Where where, float* to, int quad, int lane) {
+// Partial results that are merged, in the order of the tokens: the first and the last lie anywhere, those between at equal
+// distances.
+struct Chain {
+    const float *first, *last, *begin; // begin: where the first would lie if it were one of those between
+    int distance, count;
+};
+
+// Merge one quad of the results first, first + stride... of a chain. What other CTAs wrote comes past L1, which nobody keeps
+// coherent. Four at a time, so that loads do not wait for each other. It is not inlined because instructions that were
+// fetched once are at hand the next time. The result is a partial result again, or rows of 128 coordinates and then the
+// references and sums of rows.
+__device__ __noinline__ void merge(const Chain chain, int first, int stride, float* to, bool rows, int quad, int lane) {
     const int at = quad * 32 + lane, state = (quad >> 2) * 32 + lane;
     float top = NOTHING, total = 0.f;
     float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 1
-    for (int c = first; c < end; c += 4 * stride) {
+    for (int c = first; c < chain.count; c += 4 * stride) {
         float4 v[4];
         float2 s[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const bool in = c + k * stride < end;
-            const float* from = where(in ? c + k * stride : c);
-            const float4* p = (const float4*)from + at;
-            const float2* q = (const float2*)(from + NB * 512) + state;
-            v[k] = GLOBAL ? __ldcg(p) : *p;
-            s[k] = GLOBAL ? __ldcg(q) : *q;
-            if (!in) s[k].x = -flt(0x7f800000u);
+            const int n = c + k * stride < chain.count ? c + k * stride : c;
+            const float* from = n == 0 ? chain.first : n == chain.count - 1 ? chain.last : chain.begin + (i64)n * chain.distance;
+            v[k] = load_coherent((const float4*)from + at);
+            s[k] = load_coherent((const float2*)(from + NB * 512) + state);
+            if (k && n == c) s[k].x = -flt(0x7f800000u);
         }
         const float most = fmaxf(fmaxf(fmaxf(s[0].x, s[1].x), fmaxf(s[2].x, s[3].x)), top), fade = ex2(top - most);
         o.x *= fade, o.y *= fade, o.z *= fade, o.w *= fade, total *= fade, top = most;
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            if (k && c + k * stride >= end) break;
+            if (k && c + k * stride >= chain.count) break;
             const float weight = ex2(s[k].x - top);
             o.x = fmaf(weight, v[k].x, o.x), o.y = fmaf(weight, v[k].y, o.y);
             o.z = fmaf(weight, v[k].z, o.z), o.w = fmaf(weight, v[k].w, o.w);
             total = fmaf(weight, s[k].y, total);
         }
     }
-    ((float4*)to)[at] = o;
-    if ((quad & 3) == 0) ((float2*)(to + NB * 512))[state] = make_float2(top, total);
+    if (rows) {
+        const int g = lane >> 2, row = (quad & ~3) + (lane & 3);
+        float* const at_row = to + row * D + (VBITS == 4 ? 8 : 16) * g + 2 * (quad & 3);
+        *(float2*)at_row = make_float2(o.x, o.z);
+        *(float2*)(at_row + (VBITS == 4 ? 64 : 8)) = make_float2(o.y, o.w);
+        if (lane < 4 && (quad & 3) == 0) ((float2*)(to + ROWS * D))[row] = make_float2(top, total);
+    } else {
+        ((float4*)to)[at] = o;
+        if ((quad & 3) == 0) ((float2*)(to + NB * 512))[state] = make_float2(top, total);
+    }
 }
 
-// Normalise, un-rotate and write the rows of an item. Every bit of the coordinate's index is a bit of j, of the half or of
-// g, whatever the width, so that the same butterflies undo the Hadamard matrix.
-__device__ __noinline__ void finish(const Params& P, const float* from, int b, int hr, int lane) {
-    const int g = lane >> 2, i = lane & 3;
-    const int h = hr / P.row_blocks, block = hr - h * P.row_blocks, rows = P.num_queries * P.group;
-#pragma unroll 1
-    for (int nb = 0; nb < NB; nb++) {
-        const float2 state = ((const float2*)(from + NB * 512))[nb * 32 + lane];
-        const float top = state.x, total = state.y;
-        const float norm = total == 0.f ? 0.f : 0.08838834764831845f / total;
-        float o[16];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const float4 v = ((const float4*)from)[(nb * 4 + e) * 32 + lane];
-            o[4 * e] = v.x * norm, o[4 * e + 1] = v.y * norm, o[4 * e + 2] = v.z * norm, o[4 * e + 3] = v.w * norm;
-        }
-#pragma unroll
-        for (int k = 1; k < 16; k <<= 1)
-#pragma unroll
-            for (int e = 0; e < 16; e++)
-                if (!(e & k)) {
-                    const float u = o[e], v = o[e | k];
-                    o[e] = u + v;
-                    o[e | k] = u - v;
-                }
-#pragma unroll 1
-        for (int k = 4; k < 32; k <<= 1) {
-            const float own = lane & k ? -1.f : 1.f;
-#pragma unroll
-            for (int e = 0; e < 16; e++) o[e] = fmaf(own, o[e], __shfl_xor_sync(~0u, o[e], k));
-        }
-        const int row = block * ROWS + nb * 4 + i;
-        if (row >= rows) continue;
-        const int t = row / P.group, head = h * P.group + row - t * P.group, query_heads = P.heads * P.group;
-        const i64 at = (((i64)b * P.num_queries + t) * query_heads + head) * D;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-#if VBITS == 4
-            const int dim = 64 * half + 8 * g;
-#else
-            const int dim = 16 * g + 8 * half;
-#endif
-            const u32 flips = signs(dim >> 5) >> (dim & 31);
-            float y[8];
-#pragma unroll
-            for (int j = 0; j < 8; j++) y[j] = flt(bits(o[2 * j + half]) ^ ((flips >> j) << 31));
+// Normalise, un-rotate and write a row of an item.
+__device__ __forceinline__ void finish(const Params& P, const float* from, int b, int hr, int r, int lane) {
+    const int row = block_of(P, hr) * ROWS + r;
+    if (row >= P.num_queries * P.group) return;
+    const float4 v = ((const float4*)(from + r * D))[lane];
+    const float2 state = ((const float2*)(from + ROWS * D))[r];
+    const float top = state.x, total = state.y;
+    const float norm = total == 0.f ? 0.f : 0.08838834764831845f / total;
+    const float4 turned = hadamard(make_float4(v.x * norm, v.y * norm, v.z * norm, v.w * norm), lane);
+    const int t = token_of(P, row), head = head_of(P, hr) * P.group + row - t * P.group, query_heads = P.heads * P.group;
+    const i64 at = (((i64)b * P.num_queries + t) * query_heads + head) * D + 4 * lane;
+    const u32 flips = signs(lane >> 3) >> (4 * (lane & 7));
+    const float y0 = flt(bits(turned.x) ^ (flips << 31)), y1 = flt(bits(turned.y) ^ (flips >> 1 << 31));
+    const float y2 = flt(bits(turned.z) ^ (flips >> 2 << 31)), y3 = flt(bits(turned.w) ^ (flips >> 3 << 31));
 #if QTYPE == 2
-            float4* to = (float4*)((float*)P.out + at + dim);
-            to[0] = make_float4(y[0], y[1], y[2], y[3]);
-            to[1] = make_float4(y[4], y[5], y[6], y[7]);
+    *(float4*)((float*)P.out + at) = make_float4(y0, y1, y2, y3);
 #else
-            *(uint4*)((unsigned short*)P.out + at + dim) =
-                make_uint4(pack2(y[0], y[1]), pack2(y[2], y[3]), pack2(y[4], y[5]), pack2(y[6], y[7]));
+    *(uint2*)((unsigned short*)P.out + at) = make_uint2(pack2(y0, y1), pack2(y2, y3));
 #endif
-        }
-        if (g == 0)
-            P.lse[((i64)b * query_heads + head) * P.num_queries + t] =
-                (total == 0.f ? -flt(0x7f800000u) : top + lg2(total)) * 0.6931471805599453f;
-    }
+    if (lane == 0)
+        P.lse[((i64)b * query_heads + head) * P.num_queries + t] =
+            (total == 0.f ? -flt(0x7f800000u) : top + lg2(total)) * 0.6931471805599453f;
 }
 
 // The rows of a sequence that sees nothing: zeros, and minus infinity.
@@ -442,21 +521,51 @@ __device__ __forceinline__ void write_nothing(const Params& P, int b) {
     for (int x = threadIdx.x; x < rows; x += THREADS) P.lse[(i64)b * rows + x] = -flt(0x7f800000u);
 }
 
-// The first words of the byte tables in registers. A constant, or anything that the compiler knows to be the same in all
-// lanes, would be copied before each of its hundred uses; so a zero is added that it cannot know.
-struct Tables {
+// What a lane needs in each step and the compiler would compute anew. The first words of the byte tables are among them: a
+// constant, or anything that is known to be the same in all lanes, would be copied before each of its hundred uses.
+struct Lane {
     u32 k_low, k_high, v_low, v_high;
+    u32 k0, k1, scales, v, v_top; // where its rows of K, its tokens' scales, its codes of V and their top bits lie in a tile
+    u32 scale_order, word_order; // selectors: of the first token's scale in a pair, of the weights' operand
+    u32 minus_one, low_nibbles;
 };
 
-__device__ __forceinline__ u32 in_register(u32 constant, u32 minus_one, u32 lane) {
-    return constant + (minus_one + 1) * lane;
+__device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
+
+__device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
+    const u32 g = lane >> 2, i = lane & 3, zero = (P.minus_one + 1) * lane; // a zero that the compiler does not know
+    Lane L;
+    L.k_low = pin(KT0 + zero, lane), L.k_high = KBITS == 4 ? pin(KU0 + zero, lane) : 0;
+    L.v_low = VBITS == KBITS ? L.k_low : pin(VT0 + zero, lane);
+    L.v_high = VBITS == KBITS ? L.k_high : VBITS == 4 ? pin(VU0 + zero, lane) : 0;
+    // rows g and g + 8 of the product are tokens 2 g and 2 g + 1, in an order that avoids bank conflicts
+    const u32 row = KBITS == 4 ? 64 : 32, part = KBITS == 4 ? 16 : 8;
+    L.k0 = pin((2 * g + swapped(lane)) * row + part * i, lane);
+    L.k1 = pin((2 * g + 1 - swapped(lane)) * row + part * i, lane);
+    L.scales = pin(4 * g, lane);
+    L.v = pin(V_CODES + 64 * g + 16 * i, lane);
+    L.v_top = VBITS == 3 ? pin(V_CODES + 512 + 64 * (g >> 1) + 16 * i, lane) : 0;
+    L.scale_order = pin(swapped(lane) ? 0x3244u : 0x1044u, lane);
+    L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
+    L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
+    return L;
 }
 
 // --- one step: 32 tokens ---------------------------------------------------------------------------------------------------
 
+// Sums in units that are 2^shift times as large.
+__device__ __forceinline__ void lower(State& S, int nb, int shift) {
+    const u32 half = (1u << shift) >> 1;
+    S.weights[nb] = (S.weights[nb] + half) >> shift;
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) S.acc[nb][j][c] = (S.acc[nb][j][c] + (int)half) >> shift;
+}
+
 // Raise the references of a row so that the weights of this step fit, and bring what was summed to them. The first time
 // there is nothing to bring; later the factors are powers of two, and integers are shifted.
-__device__ __forceinline__ void move_references(State& S, int nb, const float (&s)[4], const float (&vs)[4], bool shrink) {
+__device__ __forceinline__ void move_references(State& S, int nb, const float (&s)[4], const float (&vs)[4], float headroom) {
     float top = fmaxf(fmaxf(s[0], s[1]), fmaxf(s[2], s[3])); // fmaxf passes over NaN
     float total = S.total[nb];
 #pragma unroll
@@ -488,9 +597,9 @@ __device__ __forceinline__ void move_references(State& S, int nb, const float (&
     // where the scores' reference rises the weights shrink, and their reference with them: the integers stay as they are
     const float drop = now - S.top[nb];
     float limit = S.limit[nb] * ex2(-drop);
-    int shift = shrink ? 3 : 0;
+    int shift = 0;
     if (fresh || limit < 1e-30f) { // nothing was summed, or nothing that is left
-        limit = fminf(most * HEADROOM, 3e38f);
+        limit = fminf(most * headroom, 3e38f);
         shift = 31;
     } else {
         if (most > limit) shift += (int)ceilf(lg2(most) - lg2(limit)) + 2;
@@ -502,27 +611,37 @@ __device__ __forceinline__ void move_references(State& S, int nb, const float (&
     S.factor[nb] = limit > 0.f ? __fdividef(65534.f, limit) : 0.f;
     S.total[nb] *= ex2(-drop);
     if (fresh) shift = 0;
-    if (__all_sync(~0u, shift == 0)) return;
-    const u32 half = (1u << shift) >> 1;
-    S.weights[nb] = (S.weights[nb] + half) >> shift;
+    if (!__all_sync(~0u, shift == 0)) lower(S, nb, shift);
+}
+
+// A weight of a step that fits adds at most 2^20 to a sum: a look at the sums every CHECKED steps keeps them in 31 bits.
+__device__ __forceinline__ void relieve(State& S) {
 #pragma unroll
-    for (int j = 0; j < 8; j++)
+    for (int nb = 0; nb < NB; nb++) {
+        int large = (int)(S.weights[nb] >> 1);
 #pragma unroll
-        for (int c = 0; c < 4; c++) S.acc[nb][j][c] = (S.acc[nb][j][c] + (int)half) >> shift;
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) large = max(large, abs(S.acc[nb][j][c]));
+        if (__reduce_max_sync(~0u, large) <= 1 << 29) continue;
+        S.limit[nb] = fminf(S.limit[nb] * 8.f, 3e38f);
+        S.factor[nb] = __fdividef(65534.f, S.limit[nb]);
+        lower(S, nb, 3);
+    }
 }
 
 // Words of a K row for the four k-steps of a lane: eight codes each, in eight nibbles.
-__device__ __forceinline__ void load_k(const u8* tile, int token, int i, u32 (&w)[4]) {
+__device__ __forceinline__ void load_k(u32 tile, u32 at, u32 (&w)[4]) {
 #if KBITS == 4
-    const uint4 v = *(const uint4*)(tile + token * 64 + 16 * i);
+    const uint4 v = load_16(tile + at);
     w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
 #else
-    const uint2 v = *(const uint2*)(tile + token * 32 + 8 * i);
+    const uint2 v = load_8(tile + at);
 #if KBITS == 2
     w[0] = v.x & 0x33333333u, w[1] = (v.x >> 2) & 0x33333333u;
     w[2] = v.y & 0x33333333u, w[3] = (v.y >> 2) & 0x33333333u;
 #else
-    const u32 h = *(const u32*)(tile + 512 + token * 16 + 4 * i);
+    const u32 h = load_4(tile + 512 + at / 2);
     w[0] = (v.x & 0x33333333u) | ((h << 2) & 0x44444444u);
     w[1] = ((v.x >> 2) & 0x33333333u) | ((h << 1) & 0x44444444u);
     w[2] = (v.y & 0x33333333u) | (h & 0x44444444u);
@@ -538,41 +657,41 @@ __device__ __forceinline__ void interleave(u32 x, u32 y, u32 mask, u32& low, u32
 }
 
 template <bool EDGE>
-__device__ __forceinline__ void step(const Params& P, const Tables& T, const Query& Q, State& S, const u8* tiles, u8* staging, int lane,
-                                     int b, int hr, int at, u32& dither, bool check) {
-    const int g = lane >> 2, i = lane & 3, swap = __popc(g) & 1;
-    const int token0 = 2 * g + swap, token1 = 2 * g + 1 - swap; // rows g and g + 8; bank conflicts are avoided by swap
-    float s[NB][4], vs[4];
-
-    // scores: K q
+__device__ __forceinline__ void step(const Params& P, const Lane& L, const Query& Q, State& S, u32 tiles, int lane,
+                                     int b, int hr, int at, u32& dither, float headroom) {
+    // scores: K q, as integers with a factor
+    float x[NB][4], unit[NB][4], vs[4];
     {
-        const u32 first = swap ? 0x3244u : 0x1044u, second = swap ? 0x1044u : 0x3244u;
         float ks[4];
-        int c[2][NB][4];
+        // with one block of rows each look-up has sums of its own, so that products wait less for each other
+        constexpr bool APART = NB == 1 && KBITS == 4;
+        int c[2][NB][4], d[2][NB][4];
 #pragma unroll
         for (int a = 0; a < 2; a++) {
-            const u8* tile = tiles + a * TILE_BYTES;
-            const u32 kw = *(const u32*)(tile + SCALES + 4 * g), vw = *(const u32*)(tile + SCALES + 32 + 4 * g);
+            const u32 tile = tiles + a * TILE_BYTES;
+            const u32 kw = load_4(tile + L.scales + SCALES), vw = load_4(tile + L.scales + (SCALES + 32));
+            const u32 first = L.scale_order, second = first ^ 0x2200u;
             ks[2 * a] = flt(prmt(kw, 0, first)), ks[2 * a + 1] = flt(prmt(kw, 0, second));
             vs[2 * a] = flt(prmt(vw, 0, first)), vs[2 * a + 1] = flt(prmt(vw, 0, second));
             u32 w0[4], w1[4];
-            load_k(tile, token0, i, w0);
-            load_k(tile, token1, i, w1);
+            load_k(tile, L.k0, w0);
+            load_k(tile, L.k1, w1);
 #pragma unroll
             for (int nb = 0; nb < NB; nb++)
-                c[a][nb][0] = c[a][nb][2] = 0, c[a][nb][1] = c[a][nb][3] = Q.half_sum[nb];
+#pragma unroll
+                for (int e = 0; e < 4; e++) c[a][nb][e] = e & 1 ? Q.half_sum[nb] : 0, d[a][nb][e] = 0;
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                const u32 h0 = w0[k] >> 16, h1 = w1[k] >> 16;
-                u32 a0 = prmt(T.k_low, KT1, w0[k]), a1 = prmt(T.k_low, KT1, w1[k]);
-                u32 a2 = prmt(T.k_low, KT1, h0), a3 = prmt(T.k_low, KT1, h1);
+                const u32 h0 = upper(w0[k]), h1 = upper(w1[k]);
+                u32 a0 = prmt(L.k_low, KT1, w0[k]), a1 = prmt(L.k_low, KT1, w1[k]);
+                u32 a2 = prmt(L.k_low, KT1, h0), a3 = prmt(L.k_low, KT1, h1);
 #pragma unroll
                 for (int nb = 0; nb < NB; nb++) mma_s8(c[a][nb], a0, a1, a2, a3, Q.b[nb][2 * k], Q.b[nb][2 * k + 1]);
 #if KBITS == 4
-                a0 = prmt(T.k_high, KU1, complement(w0[k], P.minus_one)), a1 = prmt(T.k_high, KU1, complement(w1[k], P.minus_one));
-                a2 = prmt(T.k_high, KU1, complement(h0, P.minus_one)), a3 = prmt(T.k_high, KU1, complement(h1, P.minus_one));
+                a0 = prmt(L.k_high, KU1, complement(w0[k], L.minus_one)), a1 = prmt(L.k_high, KU1, complement(w1[k], L.minus_one));
+                a2 = prmt(L.k_high, KU1, complement(h0, L.minus_one)), a3 = prmt(L.k_high, KU1, complement(h1, L.minus_one));
 #pragma unroll
-                for (int nb = 0; nb < NB; nb++) mma_s8(c[a][nb], a0, a1, a2, a3, Q.b[nb][2 * k], Q.b[nb][2 * k + 1]);
+                for (int nb = 0; nb < NB; nb++) mma_s8(APART ? d[a][nb] : c[a][nb], a0, a1, a2, a3, Q.b[nb][2 * k], Q.b[nb][2 * k + 1]);
 #endif
             }
         }
@@ -580,22 +699,26 @@ __device__ __forceinline__ void step(const Params& P, const Tables& T, const Que
         for (int nb = 0; nb < NB; nb++)
 #pragma unroll
             for (int t = 0; t < 4; t++) {
-                const int x = c[t >> 1][nb][2 * (t & 1)] * 256 + c[t >> 1][nb][2 * (t & 1) + 1];
-                s[nb][t] = (float)x * (Q.unit[nb] * ks[t]);
+                const int a = t >> 1, e = 2 * (t & 1);
+                int sum = c[a][nb][e] * 256 + c[a][nb][e + 1];
+                if (APART) sum += d[a][nb][e] * 256 + d[a][nb][e + 1];
+                x[nb][t] = (float)sum;
+                unit[nb][t] = Q.unit[nb] * ks[t];
 #if SOFTCAP
                 {
-                    const float z = s[nb][t] * P.softcap_inv; // tanh by exp2: tanh.approx is too coarse
+                    const float z = x[nb][t] * unit[nb][t] * P.softcap_inv; // tanh by exp2: tanh.approx is too coarse
                     const float e = ex2(fminf(fabsf(z), 20.f) * 2.8853900817779268f);
                     const float y = (e - 1.f) / (e + 1.f);
-                    s[nb][t] = z == z ? (z < 0.f ? -y : y) * P.softcap_log2 : z;
+                    x[nb][t] = z == z ? (z < 0.f ? -y : y) : z, unit[nb][t] = P.softcap_log2;
                 }
 #endif
             }
     }
     if (EDGE) {
+        const int g = lane >> 2, swap = swapped(lane);
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            const int j = at + 16 * (t >> 1) + (t & 1 ? token1 : token0);
+            const int j = at + 16 * (t >> 1) + 2 * g + (t & 1 ? 1 - swap : swap);
             bool any = false;
 #pragma unroll
             for (int nb = 0; nb < NB; nb++) {
@@ -603,11 +726,11 @@ __device__ __forceinline__ void step(const Params& P, const Tables& T, const Que
 #if MASKED
                 if (seen) {
                     const int rows = P.num_queries * P.group;
-                    const int row = min((hr % P.row_blocks) * ROWS + nb * 4 + i, rows - 1);
+                    const int row = min((hr % P.row_blocks) * ROWS + nb * 4 + (lane & 3), rows - 1);
                     seen = P.mask[b * P.mask_stride_b + (row / P.group) * P.mask_stride_t + j] != 0;
                 }
 #endif
-                if (!seen) s[nb][t] = -flt(0x7f800000u);
+                if (!seen) x[nb][t] = -flt(0x7f800000u), unit[nb][t] = 1.f;
                 any |= seen;
             }
             // what nobody wrote may be NaN or huge: no row of this lane may meet it
@@ -618,40 +741,30 @@ __device__ __forceinline__ void step(const Params& P, const Tables& T, const Que
     // weights: exp2(score - top) * V scale, in 16-bit fixed point
     dither += 0x9e3779b9u;
     const float d0 = flt((dither >> 9) | 0x3f800000u) - 1.5f, d1 = -d0;
+    u32 pb[NB][2];
 #pragma unroll
     for (int nb = 0; nb < NB; nb++) {
         float p[4], w[4];
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            p[t] = ex2(s[nb][t] - S.top[nb]);
+            p[t] = ex2(fmaf(x[nb][t], unit[nb][t], -S.top[nb]));
             w[t] = p[t] * vs[t];
-        }
-        if (EDGE && NB > 1) {
-#pragma unroll
-            for (int t = 0; t < 4; t++)
-                if (s[nb][t] == -flt(0x7f800000u)) w[t] = 0.f;
+            if (EDGE && NB > 1 && x[nb][t] == -flt(0x7f800000u)) w[t] = 0.f;
         }
         float total = S.total[nb] + ((p[0] + p[1]) + (p[2] + p[3]));
-        const float most = fmaxf(fmaxf(w[0], w[1]), fmaxf(w[2], w[3]));
-        const float sum = (w[0] + w[1]) + (w[2] + w[3]); // NaN shows here, not in most
-        bool shrink = false;
-        if (check) {
-            int large = (int)(S.weights[nb] >> 1);
+        const float most = max_nan(max_nan(w[0], w[1]), max_nan(w[2], w[3]));
+        if (__builtin_expect(__any_sync(~0u, !(most <= S.limit[nb]) || !(total < 1e18f)), 0)) {
+            float s[4], own[4];
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int k = 0; k < 4; k++) large = max(large, abs(S.acc[nb][j][k]));
-            shrink = __reduce_max_sync(~0u, large) > (1 << 29);
-        }
-        if (__any_sync(~0u, !(most <= S.limit[nb]) || !(sum < 3e38f) || !(total < 1e18f)) || shrink) {
-            float own[4];
-#pragma unroll
-            for (int t = 0; t < 4; t++) own[t] = EDGE && NB > 1 && s[nb][t] == -flt(0x7f800000u) ? 0.f : vs[t];
-            move_references(S, nb, s[nb], own, shrink);
+            for (int t = 0; t < 4; t++) {
+                s[t] = x[nb][t] * unit[nb][t];
+                own[t] = EDGE && NB > 1 && x[nb][t] == -flt(0x7f800000u) ? 0.f : vs[t];
+            }
+            move_references(S, nb, s, own, headroom);
             total = S.total[nb];
 #pragma unroll
             for (int t = 0; t < 4; t++) {
-                p[t] = ex2(s[nb][t] - S.top[nb]);
+                p[t] = ex2(s[t] - S.top[nb]);
                 total += p[t];
                 w[t] = p[t] * own[t];
                 w[t] = w[t] <= S.limit[nb] ? w[t] : 0.f; // NaN: S.spoilt has it
@@ -662,48 +775,40 @@ __device__ __forceinline__ void step(const Params& P, const Tables& T, const Que
 #pragma unroll
         for (int t = 0; t < 4; t++) y[t] = bits(fmaf(w[t], S.factor[nb], t & 1 ? d1 : d0) + 12582912.f);
         S.weights[nb] += (y[0] + y[1]) + (y[2] + y[3]) - 4u * 0x4b400000u;
-        const u32 x0 = prmt(y[0], y[2], 0x5140), x1 = prmt(y[1], y[3], 0x5140);
-        u32* to = (u32*)(staging + nb * 256) + 16 * i + g;
-        to[8] = prmt(x0, x1, swap ? 0x1054u : 0x5410u);
-        to[0] = prmt(x0, x1, swap ? 0x3276u : 0x7632u);
-    }
-    __syncwarp();
-    u32 pb[NB][2];
-#pragma unroll
-    for (int nb = 0; nb < NB; nb++) {
-        const uint2 v = *((const uint2*)(staging + nb * 256) + lane);
-        pb[nb][0] = v.x, pb[nb][1] = v.y;
+        // from rows of tokens to columns: high and low bytes of the first tokens of both tiles, then of the second ones
+        const u32 first = transpose(prmt(y[0], y[2], 0x4051)), second = transpose(prmt(y[1], y[3], 0x4051));
+        pb[nb][0] = prmt(first, second, L.word_order);
+        pb[nb][1] = prmt(first, second, L.word_order ^ 0x6666u);
     }
 
     // output: V^T w
-    const u8* v0 = tiles + V_CODES + 16 * i;
-    const u8* v1 = v0 + TILE_BYTES;
+    const u32 codes = tiles + L.v;
+    const uint4 xa = load_16(codes), ya = load_16(codes + TILE_BYTES);
 #if VBITS == 4
-    const uint4 xa = *(const uint4*)(v0 + 64 * g), ya = *(const uint4*)(v1 + 64 * g);
-    const uint4 xb = *(const uint4*)(v0 + 64 * (g + 8)), yb = *(const uint4*)(v1 + 64 * (g + 8));
+    const uint4 xb = load_16(codes + 512), yb = load_16(codes + (512 + TILE_BYTES));
     const u32 xs[2][4] = {{xa.x, xa.y, xa.z, xa.w}, {xb.x, xb.y, xb.z, xb.w}};
     const u32 ys[2][4] = {{ya.x, ya.y, ya.z, ya.w}, {yb.x, yb.y, yb.z, yb.w}};
 #else
-    const uint4 xa = *(const uint4*)(v0 + 64 * g), ya = *(const uint4*)(v1 + 64 * g);
     const u32 xs[4] = {xa.x, xa.y, xa.z, xa.w}, ys[4] = {ya.x, ya.y, ya.z, ya.w};
 #if VBITS == 3
-    const uint4 ha = *(const uint4*)(v0 + 512 + 64 * (g >> 1)), ka = *(const uint4*)(v1 + 512 + 64 * (g >> 1));
+    const u32 top_bits = tiles + L.v_top;
+    const uint4 ha = load_16(top_bits), ka = load_16(top_bits + TILE_BYTES);
     const u32 hs[4] = {ha.x, ha.y, ha.z, ha.w}, ks[4] = {ka.x, ka.y, ka.z, ka.w};
-    const u32 shift = 2 * (g & 1);
+    const u32 shift = lane >> 1 & 2;
 #endif
 #endif
 #pragma unroll
     for (int byte = 0; byte < 4; byte++) {
         u32 code[2][2]; // [nibble of the byte][row g, row g + 8]
 #if VBITS == 4
-        interleave(xs[0][byte], ys[0][byte], P.low_nibbles, code[0][0], code[1][0]);
-        interleave(xs[1][byte], ys[1][byte], P.low_nibbles, code[0][1], code[1][1]);
+        interleave(xs[0][byte], ys[0][byte], L.low_nibbles, code[0][0], code[1][0]);
+        interleave(xs[1][byte], ys[1][byte], L.low_nibbles, code[0][1], code[1][1]);
 #else
         u32 pair[2];
-        interleave(xs[byte], ys[byte], P.low_nibbles, pair[0], pair[1]);
+        interleave(xs[byte], ys[byte], L.low_nibbles, pair[0], pair[1]);
 #if VBITS == 3
         u32 top[2];
-        interleave(hs[byte], ks[byte], P.low_nibbles, top[0], top[1]);
+        interleave(hs[byte], ks[byte], L.low_nibbles, top[0], top[1]);
 #endif
 #pragma unroll
         for (int n = 0; n < 2; n++) {
@@ -719,14 +824,14 @@ __device__ __forceinline__ void step(const Params& P, const Tables& T, const Que
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             const int j = 2 * byte + n;
-            const u32 e = code[n][0], f = code[n][1], eh = e >> 16, fh = f >> 16;
-            u32 a0 = prmt(T.v_low, VT1, e), a1 = prmt(T.v_low, VT1, f);
-            u32 a2 = prmt(T.v_low, VT1, eh), a3 = prmt(T.v_low, VT1, fh);
+            const u32 e = code[n][0], f = code[n][1], eh = upper(e), fh = upper(f);
+            u32 a0 = prmt(L.v_low, VT1, e), a1 = prmt(L.v_low, VT1, f);
+            u32 a2 = prmt(L.v_low, VT1, eh), a3 = prmt(L.v_low, VT1, fh);
 #pragma unroll
             for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
 #if VBITS == 4
-            a0 = prmt(T.v_high, VU1, complement(e, P.minus_one)), a1 = prmt(T.v_high, VU1, complement(f, P.minus_one));
-            a2 = prmt(T.v_high, VU1, complement(eh, P.minus_one)), a3 = prmt(T.v_high, VU1, complement(fh, P.minus_one));
+            a0 = prmt(L.v_high, VU1, complement(e, L.minus_one)), a1 = prmt(L.v_high, VU1, complement(f, L.minus_one));
+            a2 = prmt(L.v_high, VU1, complement(eh, L.minus_one)), a3 = prmt(L.v_high, VU1, complement(fh, L.minus_one));
 #pragma unroll
             for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
 #endif
@@ -735,11 +840,6 @@ __device__ __forceinline__ void step(const Params& P, const Tables& T, const Que
 }
 
 // --- the kernel --------------------------------------------------------------------------------------------------------
-
-// A place in the line of steps.
-struct Cursor {
-    int b, hr, step, count, begin; // step of count steps of the item, which begins at the sequence's step `begin`
-};
 
 // Items as four numbers: sequence, KV head and row block, first step of the sequence, number of steps.
 __device__ __forceinline__ int4 next_item(const Params& P, int4 item) {
@@ -753,316 +853,437 @@ __device__ __forceinline__ int4 next_item(const Params& P, int4 item) {
     return item;
 }
 
+// What a warp has not yet looked up the addresses of: from a step of an item on, so many steps.
+struct Copies {
+    int4 item;
+    int step, left;
+};
+
+// The addresses of the next `steps` steps, for as many times COPIES lanes from `first` on. 0: there is no such page.
+__device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& source, u32 first, int steps, u32 lane) {
+    Copies c = copies;
+    const int mine = (lane - first) / COPIES; // huge for lanes before the first
+#pragma unroll 1
+    for (int done = 0; done < steps && c.left > 0;) {
+        if (c.step == c.item.w) c.item = next_item(P, c.item), c.step = 0;
+        const int n = min(min(steps - done, c.item.w - c.step), c.left);
+        if (mine >= done && mine < done + n) {
+            const int step = c.item.z + c.step + mine - done;
+            const int page = step * STEP_TOKENS / PAGE + (PAGE == 16 ? lane & 1 : 0);
+            source = 0;
+            if (PAGE > 16 || page < P.pages_per_sequence) {
+                source = (u64)P.pages + (u64)(u32)P.table[(i64)c.item.x * P.table_stride + page] * P.page_stride;
+                source += head_of(P, c.item.y) * (PAGE / 16 * TILE_BYTES) + (PAGE == 64 ? (step & 1) * STEP_BYTES : 0);
+            }
+        }
+        done += n, c.step += n, c.left -= n;
+    }
+    __syncwarp(); // everybody has read
+    if (lane == 0) copies = c;
+    __syncwarp();
+}
+
+#if !FIXED
+// --- the split -----------------------------------------------------------------------------------------------------------
+
+// How the steps of all sequences are dealt out to the warps of the grid.
+struct Deal {
+    u32 total; // steps of all items
+    u32 piece; // 0: each warp gets an equal stretch of the line. Else each item is cut into pieces of at most so many steps
+    u32 warps; // that have work, the first ones
+};
+
+// n / divisor, rounded down; exact for n below 2^20.
+__device__ __forceinline__ u32 quotient(u32 n, float inverse) { return (u32)(((float)n + 0.5f) * inverse); }
+
+// How often a number of steps, or of pieces, of a sequence occurs over all of them.
+template <typename Units>
+__device__ __forceinline__ u32 sum_units(const Params& P, int first, int lane, Units units) {
+    u32 sum = units(first);
+#pragma unroll 1
+    for (int b = 32 + lane; b < P.batch; b += 32) sum += units(span(P, b).count);
+    return __reduce_add_sync(~0u, sum) * (P.heads * P.row_blocks);
+}
+
+// Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower.
+__device__ __forceinline__ Deal deal(const Params& P, int first, int lane) {
+    const u32 all = gridDim.x * WARPS;
+    Deal d;
+    d.total = sum_units(P, first, lane, [](int steps) { return (u32)steps; });
+    d.piece = 0, d.warps = all;
+    const u32 least = max((u32)__umul64hi((u64)d.total + all - 1, P.warps_inverse), 1u);
+    if (least > P.largest_piece) return d;
+#pragma unroll 1
+    for (u32 piece = least; piece <= least + max(2u, least / SLACK); piece++) {
+        const float inverse = reciprocal_of(piece);
+        const u32 pieces = sum_units(P, first, lane, [&](int steps) { return quotient(steps + piece - 1, inverse); });
+        if (pieces <= all) {
+            d.piece = piece, d.warps = pieces;
+            break;
+        }
+    }
+    return d;
+}
+
+// The warp that has a place of the line. The division is exact, as the product is below 2^53.
+__device__ __forceinline__ int warp_at(const Deal& d, u32 place) {
+    return (int)((double)(((u64)place + 1) * d.warps - 1) / (double)d.total);
+}
+#endif
+
+// --- the kernel ----------------------------------------------------------------------------------------------------------
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params P) {
     extern __shared__ __align__(128) u8 shared[];
-    // partial results of a warp: [0] of an item that an earlier warp begins, [1] of one that a later warp ends
+#if !FIXED
+    // of warps that may change from one item to the next: [0] of an item that an earlier warp begins, [1] of one that a later
+    // warp ends: where the partial result lies, and (b, hr, first and last warp of the grid)
     __shared__ float* partial[WARPS][2];
-    __shared__ int4 owner[WARPS][2]; // of each: (b, hr, the item's begin in the line, its steps)
-    __shared__ int busy[WARPS], ends[WARPS]; // whether a warp has steps; whether [0] is the end of its item
-    __shared__ int4 reading[WARPS], filling[WARPS]; // the items that a warp attends to, and copies
-    __shared__ ulonglong2 sources[WARPS]; // addresses: the head's tiles in page 0, the sequence's row of the table
-    __shared__ i64 line[2]; // steps in all, warps with work (the first ones)
+    __shared__ int4 owner[WARPS][2];
+    __shared__ int ends[WARPS]; // whether [0] is the end of its item
+#endif
+    __shared__ int4 reading[WARPS]; // the items that warps attend to
+    __shared__ int2 covering[WARPS]; // the first and last warps that have to do with these, if warps do not change
+    __shared__ int busy[WARPS]; // whether a warp has steps
+    __shared__ Copies copying[WARPS];
     __shared__ int pending[2]; // what this CTA is the last to bring to an item, and the item
     __shared__ int4 whole[2];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     u8* slice = shared + warp * SLICE;
-    u8* const staging = slice + STAGES * STEP_BYTES;
-    u8* const query = staging + W_BYTES;
-    const u32 ring = smem_address(slice), bars = smem_address(query + Q_BYTES);
-
+    const u32 ring = pin(smem_address(slice), lane);
     const int cta_slot = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
 
-    // what everybody needs first comes to L2, a line by each thread
-    auto prefetch = [&](const void* p, i64 bytes) {
-        const i64 at = ((i64)cta_slot * THREADS + threadIdx.x) * 128;
-        if (p && at < bytes) asm volatile("prefetch.global.L2 [%0];" ::"l"((const u8*)p + at));
-    };
-    prefetch(P.seq_lens, P.batch * (P.wide & 1 ? 8 : 4));
-    prefetch(P.first, P.batch * (P.wide & 2 ? 8 : 4));
-    prefetch(P.query_start, P.batch * (P.wide & 4 ? 8 : 4));
-    prefetch(P.table, ((P.batch - 1) * (i64)P.table_stride + P.pages_per_sequence) * 4);
-    prefetch(P.q, ((P.batch - 1) * P.q_stride_b + (P.num_queries - 1) * P.q_stride_t +
-                   (P.heads * P.group - 1) * P.q_stride_h + D) * (QTYPE == 2 ? 4 : 2));
+    // who does what: so many steps of the line of all steps, from this step of this item on
+    int4 item = make_int4(0, 0, 0, 0);
+    int begin = 0, copies = 0;
+    int first_warp = 0, last_warp = 0; // of the grid that have to do with the item
+    bool idle = false;
+#if FIXED
+    item.x = P.begin + blockIdx.z, item.y = blockIdx.y;
+    {
+        const Span all = span(P, item.x);
+        const int total = all.count, size = max((total + P.splits - 1) / P.splits, WARPS);
+        const int ctas = (total + size - 1) / size;
+        if (total == 0 && blockIdx.x == 0 && blockIdx.y == 0) write_nothing(P, item.x);
+        idle = blockIdx.x >= ctas;
+        const int low = blockIdx.x * size, high = min(low + size, total);
+        const int active = max(min(high - low, WARPS), 1);
+        begin = low + (high - low) * min(warp, active) / active;
+        copies = low + (high - low) * min(warp + 1, active) / active - begin;
+        item.z = all.begin, item.w = total;
+        first_warp = (cta_slot - blockIdx.x) * WARPS, last_warp = first_warp + (ctas - 1) * WARPS + active - 1;
+    }
+    const bool piecewise = false;
+#else
+    const Span first32 = lane < P.batch ? span(P, lane) : Span{0, 0};
+#endif
 
+    // what everybody needs next comes to L2, a line by each thread
+    const u32 line128 = (cta_slot * THREADS + threadIdx.x) * 128;
+    if (line128 < P.table_bytes) prefetch_l2((const u8*)P.table + line128);
+    if (line128 < P.q_bytes) prefetch_l2((const u8*)P.q + line128);
     if (lane == 0) {
-        for (int s = 0; s < STAGES; s++) barrier_init(bars + 8 * s);
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) barrier_init(ring + s * SLOT_BYTES + STEP_BYTES, COPIES);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#if !FIXED
         partial[warp][0] = partial[warp][1] = nullptr;
         ends[warp] = 0;
+#endif
     }
     if (threadIdx.x < 2) pending[threadIdx.x] = 0;
-    __syncwarp();
 
-    Query Q;
-    State S;
-    Tables T;
-    T.k_low = in_register(KT0, P.minus_one, lane), T.k_high = KBITS == 4 ? in_register(KU0, P.minus_one, lane) : 0;
-    T.v_low = VBITS == KBITS ? T.k_low : in_register(VT0, P.minus_one, lane);
-    T.v_high = VBITS == KBITS ? T.k_high : VBITS == 4 ? in_register(VU0, P.minus_one, lane) : 0;
-    // who does what: [from, to) of the line of `total` steps, and the place where this warp begins
-    Cursor here = {0, 0, 0, 0, 0};
-    int from = 0, to = 0;
-    const u32 cta = blockIdx.x;
-    auto plan = [&]() -> bool { // false: this CTA has no work
-#if FIXED
-        here.b = P.begin + blockIdx.z, here.hr = blockIdx.y;
-        const Span all = span(P, here.b);
-        const int total = all.count, size = max((total + P.splits - 1) / P.splits, WARPS);
-        const u32 ctas = (total + size - 1) / size;
-        if (total == 0 && cta == 0 && here.hr == 0) write_nothing(P, here.b);
-        if (cta >= ctas) return false;
-        const int low = cta * size, high = min(low + size, total);
-        const int active = min(high - low, WARPS);
-        from = low + (high - low) * min(warp, active) / active;
-        to = low + (high - low) * min(warp + 1, active) / active;
-        here.step = from, here.count = total, here.begin = all.begin;
-        if (threadIdx.x == 0) line[0] = ctas;
-#else
-        const int items_each = P.heads * P.row_blocks; // of a sequence
-        const Span first32 = lane < P.batch ? span(P, lane) : Span{0, 0};
-        int sum = first32.count;
+#if !FIXED
+    const Deal plan = deal(P, first32.count, lane);
+    const bool piecewise = plan.piece;
+    const u32 mine = blockIdx.x * WARPS + warp;
+    u32 item_begin = 0; // the item's place in the line
+    idle = blockIdx.x * WARPS >= plan.warps;
+    if (mine < plan.warps) {
+        const u32 items_each = P.heads * P.row_blocks; // of a sequence
+        u32 place = mine;
+        if (!plan.piece) {
+            place = (u32)__umul64hi((u64)plan.total * mine, P.warps_inverse);
+            copies = (u32)__umul64hi((u64)plan.total * (mine + 1), P.warps_inverse) - place;
+        }
+        u32 before = 0, units = 0;
+        const float piece_inverse = reciprocal_of(plan.piece);
+        const u32 wanted = plan.piece ? quotient(mine, reciprocal_of(items_each)) : place / items_each;
 #pragma unroll 1
-        for (int b = 32 + lane; b < P.batch; b += 32) sum += span(P, b).count;
-        const u32 total = __reduce_add_sync(~0u, sum) * items_each;
-        const u32 ctas = min((total + WARPS - 1) / WARPS, gridDim.x);
-        if (cta >= ctas) return false;
-        const u32 warps = min(ctas * WARPS, total), mine = min(cta * WARPS + warp, warps), next = min(mine + 1, warps);
-        const u32 each = total / warps, rest = total - each * warps; // rest * warps fits 32 bits: both are below 4096
-        from = each * mine + rest * mine / warps, to = each * next + rest * next / warps;
-        if (threadIdx.x == 0) line[0] = total, line[1] = warps;
-        const int wanted = from / items_each;
-        int before = 0;
-#pragma unroll 1
-        for (int base = 0; from < to; base += 32) { // the first sequence whose sum of steps exceeds `wanted`
+        for (int base = 0; base < P.batch; base += 32) { // the first sequence whose sum of steps, or pieces, exceeds `wanted`
             const Span s = base == 0 ? first32 : base + lane < P.batch ? span(P, base + lane) : Span{0, 0};
-            int upto = s.count;
-#pragma unroll 1
+            const u32 own = plan.piece ? quotient(s.count + plan.piece - 1, piece_inverse) : s.count;
+            u32 upto = own;
+#pragma unroll
             for (int k = 1; k < 32; k <<= 1) {
-                const int y = __shfl_up_sync(~0u, upto, k);
+                const u32 y = __shfl_up_sync(~0u, upto, k);
                 if (lane >= k) upto += y;
             }
             const u32 beyond = __ballot_sync(~0u, before + upto > wanted);
             if (beyond) {
                 const int at = __ffs(beyond) - 1;
-                here.b = base + at;
-                here.count = __shfl_sync(~0u, s.count, at), here.begin = __shfl_sync(~0u, s.begin, at);
-                before += __shfl_sync(~0u, upto, at) - here.count;
+                item.x = base + at;
+                item.z = __shfl_sync(~0u, s.begin, at), item.w = __shfl_sync(~0u, s.count, at);
+                units = __shfl_sync(~0u, own, at);
+                before += __shfl_sync(~0u, upto, at) - units;
                 break;
             }
             before += __shfl_sync(~0u, upto, 31);
         }
-        if (from < to) {
-            const int past = from - before * items_each;
-            here.hr = past / here.count;
-            here.step = past - here.hr * here.count;
+        const u32 past = place - before * items_each;
+        const float units_inverse = reciprocal_of(units);
+        item.y = plan.piece ? quotient(past, units_inverse) : past / units;
+        begin = past - item.y * units;
+        if (plan.piece) { // the pieces' sizes differ by one at most
+            const u32 piece = begin, size = quotient(item.w, units_inverse), longer = item.w - size * units;
+            begin = size * piece + min(piece, longer), copies = size + (piece < longer);
+            first_warp = mine - piece, last_warp = first_warp + units - 1;
+        } else {
+            item_begin = place - begin;
         }
+    }
 #endif
-        return true;
-    };
-
-    if (!plan()) {
+    if (idle) {
 #if !FIXED
-        for (int b = cta; b < P.batch; b += gridDim.x)
+        for (int b = blockIdx.x; b < P.batch; b += gridDim.x)
             if (span(P, b).count == 0) write_nothing(P, b);
 #endif
         return;
     }
-    if (lane == 0) {
-        busy[warp] = from < to;
-        reading[warp] = filling[warp] = make_int4(here.b, here.hr, here.begin, here.count);
-    }
-    __syncwarp();
 
-    // The ring. The page of the next copy is looked up one copy ahead, so that nobody waits for it. All of it is lane 0's.
-    u32 left = to - from, ahead = here.begin + here.step, ahead_left = here.count - here.step, fill = 0;
-    u32 page0 = 0, page1 = 0;
-    auto aim = [&](const int4& item) { // where an item's tiles and table lie
-        const u8* tiles = P.pages + (i64)(item.y / P.row_blocks) * ((PAGE / 16) * TILE_BYTES);
-        const int* row = P.table + (i64)item.x * P.table_stride;
-        sources[warp] = make_ulonglong2((u64)tiles, (u64)row);
-    };
-    auto look_up_page = [&]() {
-        const int* row = (const int*)sources[warp].y;
-        const u32 page = ahead * STEP_TOKENS / PAGE;
-        page0 = row[page];
-        if (PAGE == 16) page1 = page + 1 < P.pages_per_sequence ? row[page + 1] : ~0u;
-    };
-    auto fetch = [&]() {
-        if (lane == 0) {
-            const u64 source = sources[warp].x;
-            const u32 bar = bars + 8 * fill, target = ring + fill * STEP_BYTES;
+    Query Q;
+    Four raw[ROWS];
+    u32 issued = 0;
+    u64 source = 0;
+    auto fetch = [&](u32 slot) {
+        // lane l knows the address of each WINDOW-th copy, and issues it
+        if (((lane / COPIES) ^ issued) % WINDOW == 0 && issued < copies) {
+            const u32 bar = slot + STEP_BYTES;
             if (PAGE == 16) {
-                barrier_expect(bar, page1 != ~0u ? STEP_BYTES : TILE_BYTES);
-                bulk_copy(target, source + (u64)page0 * P.page_stride, TILE_BYTES, bar);
-                if (page1 != ~0u) bulk_copy(target + TILE_BYTES, source + (u64)page1 * P.page_stride, TILE_BYTES, bar);
+                barrier_expect(bar, source ? TILE_BYTES : 0);
+                if (source) bulk_copy(slot + (lane & 1) * TILE_BYTES, source, TILE_BYTES, bar);
             } else {
-                const u32 offset = PAGE == 64 ? (ahead & 1) * STEP_BYTES : 0;
                 barrier_expect(bar, STEP_BYTES);
-                bulk_copy(target, source + (u64)page0 * P.page_stride + offset, STEP_BYTES, bar);
+                bulk_copy(slot, source, STEP_BYTES, bar);
             }
         }
-        fill = fill + 1 == STAGES ? 0 : fill + 1;
-        ahead++;
-        if (--left == 0) return;
-        if (--ahead_left == 0) {
-            const int4 item = next_item(P, filling[warp]);
-            ahead = item.z, ahead_left = item.w;
-            __syncwarp(); // everybody has read what is overwritten, and
-            if (lane == 0) filling[warp] = item, aim(item);
-            __syncwarp(); // nobody reads the next time before it is
-        }
-        if (lane == 0) look_up_page();
+        // in good time: the other half of the lanes has the next ones
+        issued++;
+        if (__builtin_expect(issued % (WINDOW / 2) == 0, 0))
+            look_up(P, copying[warp], source, ~issued / (WINDOW / 2) % 2 * 16, WINDOW / 2, lane);
     };
-    if (left && lane == 0) aim(filling[warp]);
-
-    // q: neighbouring warps that begin with the same item share the work of rotating it. It is read before the ring begins,
-    // because whatever is read later waits until the ring is full.
-    __syncthreads();
-    {
-        const int4 first = reading[warp], other = reading[lane % WARPS];
-        const u32 group = __ballot_sync(~0u, lane < WARPS && busy[lane % WARPS] && other.x == first.x && other.y == first.y);
-        const int leader = __ffs(group) - 1, rank = warp - leader;
-        u8* const shared_query = shared + leader * SLICE + STAGES * STEP_BYTES + W_BYTES;
-        if (left) {
-            const Four raw = load_row(P, first.y, first.x, min(rank, ROWS - 1), lane);
-            if (lane == 0) look_up_page();
-            fetch();
-            rotate_rows(P, raw, shared_query, first.y, first.x, rank, __popc(group), lane);
-        }
+    if (lane == 0) {
+        busy[warp] = copies > 0;
+        reading[warp] = item;
+        covering[warp] = make_int2(first_warp, last_warp);
+        copying[warp] = {item, begin, copies};
+    }
+    __syncwarp();
+    if (copies) {
+        look_out(P, Q, item.y, item.x, lane);
+        load_rows(P, raw, item.y, item.x, lane);
+        look_up(P, copying[warp], source, 0, WINDOW, lane);
+    }
+    const Lane L = lane_constants(P, lane);
+    // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.
+    u32 words = (u32)source;
+    if (copies) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) words |= bits_of(raw[r]);
+    }
+    __syncthreads_or(words == 1);
+    if (copies) fetch(ring);
+    { // neighbouring warps that begin with the same item share the work of rotating q
+        const int4 other = reading[lane % WARPS];
+        const u32 group = __ballot_sync(~0u, lane < WARPS && busy[lane % WARPS] && other.x == item.x && other.y == item.y);
+        const int leader = __ffs(group) - 1;
+        u8* const shared_query = shared + leader * SLICE + STAGES * SLOT_BYTES;
+        if (copies) rotate_rows(P, raw, shared_query, warp - leader, __popc(group), lane);
 #if !FIXED
-        for (int b = cta; b < P.batch; b += gridDim.x)
+        for (int b = blockIdx.x; b < P.batch; b += gridDim.x)
             if (span(P, b).count == 0) write_nothing(P, b);
 #endif
         __syncthreads();
-        if (from < to) load_query(P, Q, shared_query, first.y, first.x, lane);
-        __syncthreads(); // a leader may go on to another item, and overwrite
+        if (copies) load_query(Q, shared_query, lane);
+#if !FIXED
+        if (!plan.piece) __syncthreads(); // a leader may go on to another item, and overwrite
+#endif
     }
-    for (int s = 1; s < STAGES && left > 0; s++) fetch();
 
-    int stage = 0, parity = 0, done = from, step_of_item = here.step;
+#pragma unroll 1
+    for (int s = 1; s < STAGES && s < copies; s++) fetch(ring + s * SLOT_BYTES);
+
+    State S;
+    u32 slot = ring;
+    const u32 ring_end = pin(ring + STAGES * SLOT_BYTES, lane);
+    int parity = 0;
     u32 dither = lane * 0x3c6ef372u + 0x1234567u;
 #pragma unroll 1
-    while (done < to) {
+    for (int left = copies; left > 0;) {
         clear(S);
-        int4 item = reading[warp];
-        const bool begins = step_of_item == 0;
-        const int steps = min(item.w - step_of_item, to - done);
-        int at = (item.z + step_of_item) * STEP_TOKENS;
-#pragma unroll 1
-        for (int n = 0; n < steps; n++, at += STEP_TOKENS) {
-            barrier_wait(bars + 8 * stage, parity);
-            const u8* tiles = slice + stage * STEP_BYTES;
-            const bool check = (n & 255) == 255;
-#if MASKED
-            const bool inner = false;
-#else
-            const bool inner = at >= Q.inner_from && at + STEP_TOKENS <= Q.inner_to;
-#endif
-            if (inner) step<false>(P, T, Q, S, tiles, staging, lane, 0, 0, at, dither, check);
-            else step<true>(P, T, Q, S, tiles, staging, lane, reading[warp].x, reading[warp].y, at, dither, check);
+        const int steps = min(item.w - begin, left);
+        const float headroom = steps == 1 ? 1.f : HEADROOM;
+        int at = (item.z + begin) * STEP_TOKENS;
+        auto advance = [&]() { // after a step: its slot is free
             __syncwarp();
-            if (++stage == STAGES) stage = 0, parity ^= 1;
-            if (left > 0) fetch();
+            fetch(slot);
+            slot += SLOT_BYTES;
+            if (slot == ring_end) slot = ring, parity ^= 1;
+            at += STEP_TOKENS;
+        };
+        int unchecked = 0;
+#pragma unroll 1
+        for (int n = 0; n < steps;) {
+            // steps of which every row sees all tokens
+            const int seen = MASKED || at < Q.inner_from ? 0 : (Q.inner_to - at) / STEP_TOKENS;
+            int run = min(min(seen, steps - n), CHECKED - unchecked);
+            const int counted = max(run, 1);
+            if (run <= 0) {
+                barrier_wait(slot + STEP_BYTES, parity);
+                step<true>(P, L, Q, S, slot, lane, reading[warp].x, reading[warp].y, at, dither, headroom);
+                advance();
+            } else {
+#pragma unroll 1
+                do {
+                    barrier_wait(slot + STEP_BYTES, parity);
+                    step<false>(P, L, Q, S, slot, lane, 0, 0, at, dither, headroom);
+                    advance();
+                } while (--run);
+            }
+            n += counted, unchecked += counted;
+            if (unchecked == CHECKED) relieve(S), unchecked = 0;
         }
+        left -= steps;
         item = reading[warp];
-        const bool finished = step_of_item + steps == item.w;
-        // the ring is still in use if there is more to come
-        float* place = (float*)slice;
-#if !FIXED
-        // one place for what is kept until the end, another for what is finished at once
-        if (done + steps < to)
-            place = P.scratch + ((i64)gridDim.x * SLOTS + ((i64)cta_slot * WARPS + warp) * 2 + (begins && finished)) * PARTIAL;
-#endif
+#if FIXED
+        save(S, (float*)slice, lane);
+#else
+        const bool begins = begin == 0, finished = begin + steps == item.w;
+        float* const places = P.scratch + ((i64)gridDim.x * SLOTS + ((i64)cta_slot * WARPS + warp) * PLACES) * PARTIAL;
+        // the ring is still in use if there is more to come: one place for what is kept, others for what is finished at once
+        float* const place = left ? places + (begins && finished) * PARTIAL : (float*)slice;
         save(S, place, lane);
+        if (piecewise) break;
         __syncwarp();
         if (begins && finished) {
-            finish(P, place, item.x, item.y, lane);
-        } else if (lane == 0) {
-            const int slot = begins ? 1 : 0;
-            partial[warp][slot] = place;
-            owner[warp][slot] = make_int4(item.x, item.y, done - step_of_item, item.w);
-            if (slot == 0) ends[warp] = finished;
+            float* const rows = left ? places + 2 * PARTIAL : (float*)slice + PARTIAL;
+#pragma unroll 1
+            for (int quad = 0; quad < 4 * NB; quad++) merge({place, nullptr, nullptr, 0, 1}, 0, 1, rows, true, quad, lane);
+            __syncwarp();
+#pragma unroll 1
+            for (int r = 0; r < ROWS; r++) finish(P, rows, item.x, item.y, r, lane);
+        } else {
+            if (lane == 0) {
+                partial[warp][begins] = place;
+                owner[warp][begins] =
+                    make_int4(item.x, item.y, warp_at(plan, item_begin), warp_at(plan, item_begin + item.w - 1));
+                if (!begins) ends[warp] = finished;
+            }
         }
-        done += steps;
-        step_of_item = 0;
-        if (done < to) {
+        if (left) {
+            item_begin += item.w;
             item = next_item(P, item);
+            begin = 0;
             if (lane == 0) reading[warp] = item;
-            rotate_rows(P, load_row(P, item.y, item.x, 0, lane), query, item.y, item.x, 0, 1, lane);
+            look_out(P, Q, item.y, item.x, lane);
+            load_rows(P, raw, item.y, item.x, lane);
+            u8* const query = slice + STAGES * SLOT_BYTES;
+            rotate_rows(P, raw, query, 0, 1, lane);
             __syncwarp();
-            load_query(P, Q, query, item.y, item.x, lane);
+            load_query(Q, query, lane);
             __syncwarp();
         }
+#endif
     }
     __syncthreads();
 
-    // Merge what the CTA's warps have of the same item: a chain of neighbouring warps, led by the one that begins the item, or
-    // by the first if an earlier CTA does. Each warp merges some of the values.
-    const bool known = lane < WARPS;
-    const u32 working = __ballot_sync(~0u, known && busy[lane % WARPS]); // the first so many
-    const u32 closing = __ballot_sync(~0u, known && ends[lane % WARPS]);
-    const u32 opening = __ballot_sync(~0u, known && partial[lane % WARPS][1]);
-    u32 complete = 0; // chains, by leader
-    int turn = 0;     // whose it is to merge
+    const int cta_warp = cta_slot * WARPS; // the first one of this CTA in the grid
+    if (FIXED || piecewise) {
+        // Each warp has one item. The CTA's warps of an item, from `low` to `high`, merge their partial results.
+        const int first_warp = covering[warp].x, last_warp = covering[warp].y;
+        const bool any = busy[warp];
+        const int low = max(first_warp - cta_warp, 0), high = min(last_warp - cta_warp, WARPS - 1), members = high - low + 1;
+        const bool inside = first_warp >= cta_warp && last_warp < cta_warp + WARPS, begun = first_warp < cta_warp;
+        float* const target = inside ? (float*)(shared + low * SLICE) + PARTIAL
+                                     : P.scratch + ((i64)cta_slot * SLOTS + (FIXED || begun ? 0 : 1)) * PARTIAL;
+        float* const slices = (float*)(shared + low * SLICE);
+        if (any) {
+            const Chain chain = {slices, slices + (members - 1) * (SLICE / 4), slices, SLICE / 4, members};
 #pragma unroll 1
-    for (u32 todo = opening << 1 | (partial[0][0] ? 1 : 0); todo; todo &= todo - 1) {
-        const int slot = todo & 1 ? 0 : 1, lead = slot ? __ffs(todo) - 2 : 0;
-        const u32 close = slot ? closing >> lead >> 1 << lead << 1 : closing;
-        const int last = close ? __ffs(close) - 1 : __popc(working) - 1;
-        const bool all = slot && close;
-        float* target = all ? (float*)(shared + lead * SLICE) + PARTIAL
-                            : P.scratch + ((i64)cta_slot * SLOTS + (FIXED ? 0 : slot)) * PARTIAL;
-        auto where = [&](int c) -> const float* { return partial[c][c == lead ? slot : 0]; };
-        const int quad = (warp - turn + WARPS) % WARPS;
-        if (quad < 4 * NB) merge<false>(lead, 1, last + 1, where, target, quad, lane);
-        turn = (turn + 4 * NB) % WARPS;
-        if (all) complete |= 1u << lead;
-        else if (threadIdx.x == 0) pending[slot] = 1, whole[slot] = owner[lead][slot];
-    }
-    if (complete) { // the same for all threads
+            for (int quad = warp - low; quad < 4 * NB; quad += members) merge(chain, 0, 1, target, inside, quad, lane);
+        }
         __syncthreads();
-        if (complete >> warp & 1) {
-            const int4 item = owner[warp][1];
-            finish(P, (float*)slice + PARTIAL, item.x, item.y, lane);
+        if (any && inside) {
+#pragma unroll 1
+            for (int r = warp - low; r < ROWS; r += members) finish(P, target, item.x, item.y, r, lane);
+        } else if (any && warp == low && lane == 0) {
+            pending[!begun] = 1, whole[!begun] = make_int4(item.x, item.y, first_warp, last_warp);
         }
     }
+#if !FIXED
+    else {
+        // Merge what the CTA's warps have of the same item: a chain of neighbouring warps, led by the one that begins the item,
+        // or by the first if an earlier CTA does. Each warp merges some of the values.
+        const bool known = lane < WARPS;
+        const u32 closing = __ballot_sync(~0u, known && ends[lane % WARPS]);
+        const u32 opening = __ballot_sync(~0u, known && partial[lane % WARPS][1]);
+        u32 complete = 0; // chains, by leader
+        int turn = 0;     // whose it is to merge
+#pragma unroll 1
+        for (u32 todo = opening << 1 | (partial[0][0] ? 1 : 0); todo; todo &= todo - 1) {
+            const int slot = todo & 1 ? 0 : 1, lead = slot ? __ffs(todo) - 2 : 0;
+            const u32 close = slot ? closing >> lead >> 1 << lead << 1 : closing;
+            const int last = close ? __ffs(close) - 1 : WARPS - 1;
+            const bool all = slot && close;
+            float* target = all ? (float*)(shared + lead * SLICE) + PARTIAL : P.scratch + ((i64)cta_slot * SLOTS + slot) * PARTIAL;
+            const int quad = (warp - turn + WARPS) % WARPS;
+            if (quad < 4 * NB) {
+                const Chain chain = {partial[lead][slot], last > lead ? partial[last][0] : nullptr,
+                                     (float*)(shared + lead * SLICE), SLICE / 4, last - lead + 1};
+                merge(chain, 0, 1, target, all, quad, lane);
+            }
+            turn = (turn + 4 * NB) % WARPS;
+            if (all) complete |= 1u << lead;
+            else if (threadIdx.x == 0) pending[slot] = 1, whole[slot] = owner[lead][slot];
+        }
+        if (complete) { // the same for all threads
+            __syncthreads();
+            if (complete >> warp & 1) {
+                const int4 its = owner[warp][1];
+#pragma unroll 1
+                for (int r = 0; r < ROWS; r++) finish(P, (float*)slice + PARTIAL, its.x, its.y, r, lane);
+            }
+        }
+    }
+#endif
     __syncthreads();
 
     // The CTA that comes last to an item merges what all CTAs have of it.
     if (threadIdx.x < 2 && pending[threadIdx.x]) {
-        const int slot = threadIdx.x;
-        int4 item = whole[slot];
-#if FIXED
-        item.z = cta_slot - cta, item.w = item.z + (int)line[0] - 1;
-        u32* counter = P.counters + item.z / (int)gridDim.x;
-#else
-        const i64 begin = item.z;
-        item.w = (int)(((begin + item.w) * line[1] - 1) / line[0] / WARPS);
-        item.z = (int)(((begin + 1) * line[1] - 1) / line[0] / WARPS);
-        u32* counter = P.counters + item.z;
-#endif
-        __threadfence();
-        pending[slot] = atomicAdd(counter, 1) == item.w - item.z;
-        if (pending[slot]) *counter = 0;
-        __threadfence();
-        whole[slot] = item;
+        const int4 its = whole[threadIdx.x];
+        const int first = its.z / WARPS;
+        u32* counter = P.counters + first / (FIXED ? (int)gridDim.x : 1);
+        const bool last = add_release_acquire(counter, 1) == its.w / WARPS - first;
+        pending[threadIdx.x] = last;
+        if (last) *counter = 0;
     }
     __syncthreads();
 #pragma unroll 1
     for (int slot = 0; slot < 2; slot++) {
         if (!pending[slot]) continue;
-        const int4 item = whole[slot];
-        auto everywhere = [&](int c) -> const float* {
-            return P.scratch + ((i64)(item.z + c) * SLOTS + (!FIXED && c == 0 ? 1 : 0)) * PARTIAL;
-        };
+        const int4 its = whole[slot];
         const int quad = warp % (4 * NB), share = warp / (4 * NB), shares = WARPS / (4 * NB);
-        const int count = item.w - item.z + 1;
-        if (share < shares) merge<true>(share, shares, count, everywhere, (float*)(shared + share * SLICE), quad, lane);
+        // what CTAs left: of the one that begins the item it is [1], of the others [0]
+        const int from = its.z / WARPS, count = its.w / WARPS - from + 1;
+        const float* const begins = P.scratch + (i64)from * SLOTS * PARTIAL;
+        const Chain all = {begins + (SLOTS - 1) * PARTIAL, begins + (i64)(count - 1) * SLOTS * PARTIAL, begins, SLOTS * PARTIAL, count};
+        const int used = min(shares, count);
+        if (share < used) merge(all, share, shares, (float*)(shared + share * SLICE), false, quad, lane);
         __syncthreads();
-        auto shared_out = [&](int c) -> const float* { return (const float*)(shared + c * SLICE); };
-        if (share == 0) merge<false>(0, 1, min(shares, count), shared_out, (float*)shared + PARTIAL, quad, lane);
+        const Chain rest = {(float*)shared, (float*)(shared + (used - 1) * SLICE), (float*)shared, SLICE / 4, used};
+        if (share == 0) merge(rest, 0, 1, (float*)shared + PARTIAL, true, quad, lane);
         __syncthreads();
-        if (warp == 0) finish(P, (float*)shared + PARTIAL, item.x, item.y, lane);
+        if (warp < ROWS) finish(P, (float*)shared + PARTIAL, its.x, its.y, warp, lane);
         __syncthreads();
     }
 }

@@ -25,8 +25,11 @@ HEAD_SIZE = 128
 WIDTHS = (2, 3, 4)
 
 _LOG2_E = 1.4426950408889634
-_SHARED_BYTES = 227 * 1024 - 2048  # of a CTA, less what the kernel declares itself
 _WARPS = {1: 16, 2: 12}  # per CTA, by blocks of four query rows: as many as their registers allow
+_STAGES = {1: 2, 2: 3}  # at least, of a warp's ring
+_RING_BYTES = 128 * 1024  # of a CTA; with more in flight the SMs share the memory's bandwidth less evenly
+_LARGEST_PIECE = 4096  # steps up to which items are cut so that no warp changes from one to another, see decode.cu
+_PLACES = 3  # for partial results of a warp in scratch
 _SPLITS = 16  # of a sequence in batch-invariant mode
 _INVARIANT_SCRATCH = 32 * 2**20
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -46,15 +49,21 @@ def supports(layout: PageLayout) -> str | None:
 
 class _Params(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("pages", "table", "q", "out", "lse", "seq_lens", "first")),
-        *((name, ctypes.c_void_p) for name in ("query_start", "mask", "scratch", "counters")),
-        *((name, ctypes.c_int64) for name in ("q_stride_b", "q_stride_t", "q_stride_h")),
-        *((name, ctypes.c_int64) for name in ("mask_stride_b", "mask_stride_t")),
+        *((name, ctypes.c_void_p) for name in ("seq_lens", "first", "query_start")),
+        *((name, ctypes.c_int32) for name in ("batch", "num_queries", "heads", "row_blocks", "group")),
+        *((name, ctypes.c_int32) for name in ("lag", "window", "wide")),
+        ("largest_piece", ctypes.c_uint32),
+        ("warps_inverse", ctypes.c_uint64),
+        *((name, ctypes.c_void_p) for name in ("table", "q", "pages")),
         ("page_stride", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("table_stride", "pages_per_sequence")),
-        *((name, ctypes.c_int32) for name in ("batch", "num_queries", "heads", "group", "row_blocks")),
-        *((name, ctypes.c_int32) for name in ("lag", "window", "minus_one", "low_nibbles", "wide", "splits", "begin")),
-        *((name, ctypes.c_float) for name in ("scale_log2", "softcap_log2", "softcap_inv")),
+        *((name, ctypes.c_uint32) for name in ("table_bytes", "q_bytes", "minus_one", "low_nibbles")),
+        ("scale_log2", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("q_stride_b", "q_stride_t", "q_stride_h")),
+        *((name, ctypes.c_void_p) for name in ("scratch", "counters", "out", "lse", "mask")),
+        *((name, ctypes.c_int64) for name in ("mask_stride_b", "mask_stride_t")),
+        *((name, ctypes.c_int32) for name in ("splits", "begin")),
+        *((name, ctypes.c_float) for name in ("softcap_log2", "softcap_inv")),
     )
 
 
@@ -104,16 +113,17 @@ def _kernel(
 ) -> tuple[runtime.Kernel, int, int, int]:
     """The kernel, its threads, its shared bytes and the floats of a partial result."""
     warps = _WARPS[blocks]
-    fixed_part = (1024 + 32 + 256) * blocks + 64  # rotated q, weights, barriers
-    step_bytes = 2 * layout.tile_bytes
-    stages = min(8, (_SHARED_BYTES // warps // 128 * 128 - fixed_part) // step_bytes)
-    slice_bytes = -(-(stages * step_bytes + fixed_part) // 128) * 128
+    query_bytes = (1024 + 32) * blocks
+    slot_bytes = 2 * layout.tile_bytes + 16  # a step and its barrier
+    partial_bytes = 4 * 18 * 32 * blocks  # a partial result
+    stages = max(_STAGES[blocks], _RING_BYTES // warps // slot_bytes)
+    slice_bytes = -(-(stages * slot_bytes + query_bytes) // 128) * 128
     kernel = runtime.kernel(
         "decode.cu", "decode", torch.device("cuda", index), **constants(layout.format.k, layout.format.v),
         PAGE=layout.page_size, NB=blocks, WARPS=warps, STAGES=stages, SLICE=slice_bytes, QTYPE=_DTYPES[dtype],
         SOFTCAP=softcap, MASKED=masked, FIXED=fixed,
     )  # fmt: skip
-    return kernel, 32 * warps, slice_bytes * warps, blocks * 18 * 32
+    return kernel, 32 * warps, slice_bytes * warps, partial_bytes // 4
 
 
 # --- scratch ----------------------------------------------------------------------------------------------------------
@@ -184,8 +194,9 @@ def decode_attention(
         q_stride_b=q.stride(0), q_stride_t=q.stride(1), q_stride_h=q.stride(2), page_stride=pages.stride(0),
         table_stride=table.stride(0), pages_per_sequence=table.shape[1], batch=batch, num_queries=num_queries,
         heads=heads, group=num_heads // heads, row_blocks=-(-rows // (4 * blocks)), lag=options.lag,
-        window=options.window or 0, minus_one=-1, low_nibbles=0x0F0F0F0F, splits=_SPLITS,
-        scale_log2=options.scale * _LOG2_E,
+        window=options.window or 0, table_bytes=_reach(table), q_bytes=_reach(q),
+        largest_piece=_LARGEST_PIECE, warps_inverse=-(-(2**64) // (scratch.sms * (threads // 32))),
+        minus_one=0xFFFFFFFF, low_nibbles=0x0F0F0F0F, splits=_SPLITS, scale_log2=options.scale * _LOG2_E,
     )  # fmt: skip
     kept = []  # alive until the launch is queued
     for bit, (name, positions) in enumerate(
@@ -204,7 +215,8 @@ def decode_attention(
         params.softcap_inv = 1 / params.softcap_log2
     stream = torch.cuda.current_stream(q.device).cuda_stream
     if not options.batch_invariant:
-        params.scratch, params.counters = scratch.of_stream(stream, scratch.sms * (2 + 2 * threads // 32) * partial)
+        places = scratch.sms * (2 + _PLACES * threads // 32)
+        params.scratch, params.counters = scratch.of_stream(stream, places * partial)
         kernel.launch((scratch.sms, 1, 1), threads, shared_bytes, params)
         return out, lse
     items = heads * params.row_blocks
@@ -219,6 +231,12 @@ def decode_attention(
         params.begin = begin
         kernel.launch((_SPLITS, items, min(at_once, batch - begin)), threads, shared_bytes, params)
     return out, lse
+
+
+def _reach(x: torch.Tensor) -> int:
+    """Bytes from the first element to the end of the last, as far as 32 bits go."""
+    elements = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return min(elements * x.element_size(), 2**32 - 1)
 
 
 def _table(block_table: torch.Tensor) -> torch.Tensor:
