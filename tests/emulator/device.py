@@ -68,7 +68,9 @@ class EmulatedKernel:
             raise KeyError(structure)
         return list(values[: 1 + len(STRUCTURES[self.file][structure][0]._fields_)])
 
-    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, *args: Any) -> None:
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, *args: Any, early: bool = False
+    ) -> None:
         """Run the kernel to its end; arguments as of the real one's ``launch``.
 
         Raises:

@@ -61,6 +61,13 @@ __device__ __forceinline__ void transpose_bytes(u32 (&w)[4]) {
     w[3] = __byte_perm(c, d, 0x7632);
 }
 
+// Until the kernels before this one in the stream have ended and what they wrote is seen: one that is launched `early` has
+// to call this before it reads anything. From then on the next kernel may begin likewise.
+__device__ __forceinline__ void wait_for_predecessors() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 __device__ __forceinline__ void prefetch_l2(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }

@@ -953,6 +953,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const u32 ring = pin(smem_address(slice), lane);
     const int cta_slot = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
 
+    if (lane == 0) {
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) barrier_init(ring + s * SLOT_BYTES + STEP_BYTES, COPIES);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#if !FIXED
+        partial[warp][0] = partial[warp][1] = nullptr;
+        ends[warp] = 0;
+#endif
+    }
+    if (threadIdx.x < 2) pending[threadIdx.x] = 0;
+    const Lane L = lane_constants(P, lane);
+    wait_for_predecessors();
+
     // who does what: so many steps of the line of all steps, from this step of this item on
     int4 item = make_int4(0, 0, 0, 0);
     int begin = 0, copies = 0;
@@ -982,16 +995,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const u32 line128 = (cta_slot * THREADS + threadIdx.x) * 128;
     if (line128 < P.table_bytes) prefetch_l2((const u8*)P.table + line128);
     if (line128 < P.q_bytes) prefetch_l2((const u8*)P.q + line128);
-    if (lane == 0) {
-#pragma unroll
-        for (int s = 0; s < STAGES; s++) barrier_init(ring + s * SLOT_BYTES + STEP_BYTES, COPIES);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#if !FIXED
-        partial[warp][0] = partial[warp][1] = nullptr;
-        ends[warp] = 0;
-#endif
-    }
-    if (threadIdx.x < 2) pending[threadIdx.x] = 0;
 
 #if !FIXED
     const Deal plan = deal(P, first32.count, lane);
@@ -1084,7 +1087,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         load_rows(P, raw, item.y, item.x, lane);
         look_up(P, copying[warp], source, 0, WINDOW, lane);
     }
-    const Lane L = lane_constants(P, lane);
     // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.
     u32 words = (u32)source;
     if (copies) {

@@ -217,7 +217,7 @@ def decode_attention(
     if not options.batch_invariant:
         places = scratch.sms * (2 + _PLACES * threads // 32)
         params.scratch, params.counters = scratch.of_stream(stream, places * partial)
-        kernel.launch((scratch.sms, 1, 1), threads, shared_bytes, params)
+        kernel.launch((scratch.sms, 1, 1), threads, shared_bytes, params, early=True)
         return out, lse
     items = heads * params.row_blocks
     if items > _MAX_COUNTERS:
@@ -229,7 +229,7 @@ def decode_attention(
     params.scratch, params.counters = scratch.of_stream(stream, min(at_once, batch) * items * _SPLITS * partial)
     for begin in range(0, batch, at_once):
         params.begin = begin
-        kernel.launch((_SPLITS, items, min(at_once, batch - begin)), threads, shared_bytes, params)
+        kernel.launch((_SPLITS, items, min(at_once, batch - begin)), threads, shared_bytes, params, early=True)
     return out, lse
 
 

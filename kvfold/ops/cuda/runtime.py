@@ -380,14 +380,42 @@ class _Arguments(threading.local):
         return self._address
 
 
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared_bytes")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+class _Launching(threading.local):
+    """How the driver is told a launch's shape, of each thread."""
+
+    def __init__(self) -> None:
+        self.config = _Config(threads_y=1, threads_z=1, attributes=ctypes.pointer(_EARLY))
+        self.address = ctypes.addressof(self.config)
+
+
+_EARLY = _Attribute(6, 0, (1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 @lru_cache(maxsize=1)
 def _cu_launch_kernel() -> Any:
     try:
         library = ctypes.CDLL("libcuda.so.1" if os.name != "nt" else "nvcuda.dll")
     except OSError as error:
         raise CudaError(f"the NVIDIA driver's library cannot be opened ({error}); install the driver") from None
-    function = library.cuLaunchKernel
-    function.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    function = library.cuLaunchKernelEx
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
     function.restype = ctypes.c_int
     return function
 
@@ -402,8 +430,11 @@ class Kernel:
         self._arguments = _Arguments()
         self._shared_bytes = 0
         self._call = _cu_launch_kernel()
+        self._launching = _Launching()
 
-    def launch(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, *args: Any) -> None:
+    def launch(
+        self, grid: tuple[int, int, int], threads: int, shared_bytes: int, *args: Any, early: bool = False
+    ) -> None:
         """Queue the kernel on torch's current stream of its device.
 
         Args:
@@ -412,6 +443,8 @@ class Kernel:
             shared_bytes: Dynamic shared memory of a block; the kernel's limit is raised as needed.
             *args: In the order of the kernel's parameters. A tensor is a pointer to its first element, None the null
                 pointer, bool and int are int32, float is float32; a ctypes instance is passed by value as it is.
+            early: The kernel calls ``wait_for_predecessors`` before it reads anything, so its blocks may start before
+                the kernels ahead of it have ended (programmatic dependent launch).
 
         Raises:
             CudaError: The driver refuses the launch.
@@ -424,14 +457,16 @@ class Kernel:
         index = self._index
         if torch._C._cuda_getDevice() != index:
             with torch.cuda.device(index):
-                self.launch(grid, threads, shared_bytes, *args)
+                self.launch(grid, threads, shared_bytes, *args, early=early)
             return
-        stream = torch._C._cuda_getCurrentRawStream(index)
+        config = self._launching.config
+        config.x, config.y, config.z, config.threads, config.shared_bytes = x, y, z, threads, shared_bytes
+        config.stream, config.num_attributes = torch._C._cuda_getCurrentRawStream(index), early
         address = self._arguments.fill(args)
-        status = self._call(self._function, x, y, z, threads, 1, 1, shared_bytes, stream, address, None)
+        status = self._call(self._launching.address, self._function, address, None)
         if status == _INVALID_CONTEXT:  # a thread that has not used the device yet
             _checked(_driver().cuCtxSetCurrent(_primary_context(index)), f"using CUDA device {index}")
-            status = self._call(self._function, x, y, z, threads, 1, 1, shared_bytes, stream, address, None)
+            status = self._call(self._launching.address, self._function, address, None)
         if status:
             raise CudaError(
                 f"launching {self.name} with grid {grid}, {threads} threads and {shared_bytes} bytes of shared memory "

@@ -700,6 +700,7 @@ __device__ __forceinline__ void store_side(const Source& source, const Recipe& r
 extern "C" __global__ __launch_bounds__(WARPS * 32, 2) void store(const __grid_constant__ Call call,
                                                                  const __grid_constant__ Format format) {
     __shared__ __align__(16) u32 table[CELLS * 32];
+    wait_for_predecessors();
     if (blockIdx.y == 0)
         store_side<KeySide>(call.k, format.k, call.target, format.flips, table);
     else
@@ -823,6 +824,7 @@ __device__ __forceinline__ void store_few_side(const Source& source, const Recip
 extern "C" __global__ __launch_bounds__(FEW_WARPS * 32) void store_few(const __grid_constant__ Call call,
                                                                        const __grid_constant__ Format format) {
     __shared__ __align__(16) u32 table[CELLS * COPIES<1>];
+    wait_for_predecessors();
     if (blockIdx.z == 0)
         store_few_side<KeySide>(call.k, format.k, call.target, format.flips, table);
     else

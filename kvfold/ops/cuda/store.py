@@ -186,7 +186,7 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
         slots.data_ptr(), pages_address, plan.page_bytes, plan.page_shift, tokens, heads, align,
     )  # fmt: skip
     if tokens * heads <= _FEW:
-        plan.few.launch((-(-tokens // plan.few_tokens), heads, 2), 32 * _FEW_WARPS, 0, call, plan.format)
+        plan.few.launch((-(-tokens // plan.few_tokens), heads, 2), 32 * _FEW_WARPS, 0, call, plan.format, early=True)
     else:
         tiles = (tokens + (TILE + 2 if align else TILE - 1)) // TILE * heads
-        plan.kernel.launch((min(tiles, plan.blocks), 2, 1), 32 * _WARPS, 0, call, plan.format)
+        plan.kernel.launch((min(tiles, plan.blocks), 2, 1), 32 * _WARPS, 0, call, plan.format, early=True)
