@@ -536,3 +536,46 @@ def test_what_is_not_served_is_refused_or_done_another_way(spec: str, head_size:
 def test_auto_chooses_the_cuda_kernels_for_what_they_serve() -> None:
     assert ops.choose(DEVICE, PageLayout.of("k4v3", 128)).__name__ == "kvfold.ops.cuda"
     assert ops.choose(DEVICE, PageLayout.of("k5v5", 128)).__name__ != "kvfold.ops.cuda"
+
+
+# --- with the store ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_decode_sees_what_the_store_before_it_wrote(graph: bool) -> None:
+    """Both kernels start before the one ahead of them has ended; thirty layers write and read the same pages."""
+    layers, cache = 30, stored((500,) * 8, heads=8)
+    q = queries(cache)
+    ends = cache.lengths.long() - 1
+    slots = cache.table.long()[torch.arange(8, device=DEVICE), ends // 64] * 64 + ends % 64
+    k, v = torch.randn(2, layers, 8, 8, 128, device=DEVICE).to(BF16)
+
+    def run(wait: bool = False) -> list[torch.Tensor]:
+        outs = []
+        for layer in range(layers):
+            ops.store_kv(k[layer], v[layer], cache.pages, slots, cache.layout)
+            if wait:
+                torch.cuda.synchronize()
+            outs.append(attend(cache, q)[0])
+            if wait:
+                torch.cuda.synchronize()
+        return outs
+
+    with ops.backend(BACKEND):
+        wanted = torch.stack(run(wait=True))
+        assert not torch.equal(wanted[0], wanted[1])
+        if not graph:
+            for _ in range(10):
+                assert torch.equal(torch.stack(run()), wanted)
+            return
+        stream, captured = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run()
+        stream.synchronize()
+        with torch.cuda.graph(captured, stream=stream):
+            outs = run()
+        for _ in range(10):
+            captured.replay()
+            torch.cuda.synchronize()
+            assert torch.equal(torch.stack(outs), wanted)

@@ -56,6 +56,20 @@ def unavailable() -> str | None:
     return None if compiler() else "there is no C++ compiler (g++ or clang++) to compile CUDA kernels for the host"
 
 
+def _in_order(file: str, texts: dict[str, str]) -> list[str]:
+    """The files of a translation unit, headers before those that include them."""
+    order: list[str] = []
+
+    def add(name: str) -> None:
+        if name not in order:
+            for header in re.findall(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', texts[name], re.MULTILINE):
+                add(header)
+            order.append(name)
+
+    add(file)
+    return order
+
+
 def translation_unit(file: str, defines: runtime.Defines, layouts: dict[str, tuple[str, ...]]) -> str:
     """C++ for the kernels of a file of the package.
 
@@ -65,7 +79,7 @@ def translation_unit(file: str, defines: runtime.Defines, layouts: dict[str, tup
     """
     texts = runtime.sources(file)
     lines = ['#include "ptx.h"', *(f"#define {name} {value}" for name, value in defines)]
-    for name in reversed(texts):  # headers before those that include them
+    for name in _in_order(file, texts):
         text = re.sub(r'^[ \t]*#[ \t]*(include[ \t]+"|pragma[ \t]+once)', r"// \g<0>", texts[name], flags=re.MULTILINE)
         text = _DYNAMIC_SHARED.sub(r"\1* const \2 = (\1*)host::dynamic_shared;", text)
         lines += [f'#line 1 "{name}"', translate(text, name)]

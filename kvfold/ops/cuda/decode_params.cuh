@@ -1,0 +1,54 @@
+// What decode.cu is compiled for and called with, and the sizes that follow.
+#pragma once
+
+#include "common.cuh"
+
+#define D 128
+#define TILE_TOKENS 16
+#define STEP_TOKENS 32
+#define TILE_BYTES (TILE_TOKENS * (D / 8 * (KBITS + VBITS) + 4))
+#define STEP_BYTES (2 * TILE_BYTES)
+#define SLOT_BYTES (STEP_BYTES + 16) // of the ring: a step and its mbarrier
+#define COPIES (PAGE == 16 ? 2 : 1)  // of a step
+#define WINDOW (32 / COPIES)         // steps whose addresses the lanes of a warp know
+#define V_CODES (TILE_TOKENS * D / 8 * KBITS)
+#define SCALES (TILE_TOKENS * D / 8 * (KBITS + VBITS))
+#define THREADS (32 * WARPS)
+#define ROWS (4 * NB)
+#define PARTIAL (NB * 18 * 32) // floats of a partial result: 16 outputs, reference and sum of a lane's row, 32 lanes
+#define Q_BYTES (ROWS * 256 + ROWS * 8) // a rotated query block
+#define SLOTS (FIXED ? 1 : 2) // partial results of a CTA
+#define PLACES 3 // of a warp in scratch
+#define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
+#define SLACK 32 // pieces may be longer than equal stretches by one part in so many
+#define CHECKED 256 // steps after which integer sums may be too large
+#define NOTHING -1e30f
+
+struct Params { // what is needed first comes first: constants arrive by lines
+    const void* seq_lens;
+    const void* first;
+    const void* query_start;
+    int batch, num_queries, heads, row_blocks, group;
+    int lag, window; // window 0: none
+    int wide;        // bit 0: seq_lens is int64, bit 1: first, bit 2: query_start
+    u32 largest_piece; // of an item, see deal()
+    u64 warps_inverse; // 2^64 over the number of warps, rounded up
+    const int* table;
+    const void* q;
+    const u8* pages;
+    u32 page_stride;
+    int table_stride, pages_per_sequence;
+    u32 table_bytes, q_bytes; // how far they reach
+    u32 minus_one, low_nibbles; // -1 and 0x0f0f0f0f, kept from the compiler, which would use them worse
+    float scale_log2; // score scale * log2(e)
+    i64 q_stride_b, q_stride_t, q_stride_h;
+    float* scratch; // partial results of CTAs [grid, 2], then of warps [grid, WARPS, 3]; FIXED: of CTAs alone [grid]
+    u32* counters;  // [CTAs]: all zero before and after
+    void* out;
+    float* lse;
+    const u8* mask;
+    i64 mask_stride_b, mask_stride_t;
+    int splits, begin; // FIXED only: of a sequence; the first sequence of this launch
+    float softcap_log2;  // softcap * log2(e)
+    float softcap_inv;   // 1 / (softcap * log2 e)
+};

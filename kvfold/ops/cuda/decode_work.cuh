@@ -1,0 +1,136 @@
+// Which steps there are, how they are dealt out to warps, and where their bytes lie.
+#pragma once
+
+#include "decode_params.cuh"
+#include "decode_ptx.cuh"
+
+__device__ __forceinline__ int position(const void* p, int b, int wide) {
+    return wide ? (int)((const i64*)p)[b] : ((const int*)p)[b];
+}
+
+struct Span { // what the rows of a sequence's queries see together, in steps
+    int begin, count;
+};
+
+struct Sight { // of one sequence
+    int start;  // position of the first query
+    int first;  // first visible position
+    int length;
+};
+
+__device__ __forceinline__ Sight sight(const Params& P, int b) {
+    Sight s;
+    s.length = position(P.seq_lens, b, P.wide & 1);
+    s.start = P.query_start ? position(P.query_start, b, P.wide & 4) : s.length - P.num_queries;
+    s.first = P.first ? max(position(P.first, b, P.wide & 2), 0) : 0;
+    return s;
+}
+
+__device__ __forceinline__ int visible_from(const Params& P, const Sight& s, int t) {
+    return P.window ? max(s.first, s.start + t - P.window + 1) : s.first;
+}
+__device__ __forceinline__ int visible_to(const Params& P, const Sight& s, int t) {
+    return min(s.length, s.start + t - P.lag + 1);
+}
+
+__device__ __forceinline__ Span span(const Params& P, int b) {
+    const Sight s = sight(P, b);
+    const int lo = visible_from(P, s, 0), hi = visible_to(P, s, P.num_queries - 1);
+    Span r;
+    r.begin = lo / STEP_TOKENS;
+    r.count = hi > lo ? (hi + STEP_TOKENS - 1) / STEP_TOKENS - r.begin : 0;
+    return r;
+}
+
+// An item is a sequence and `hr`, which numbers KV heads and blocks of query rows. Most calls need no division for these.
+__device__ __forceinline__ int head_of(const Params& P, int hr) { return P.row_blocks == 1 ? hr : hr / P.row_blocks; }
+__device__ __forceinline__ int block_of(const Params& P, int hr) { return P.row_blocks == 1 ? 0 : hr % P.row_blocks; }
+__device__ __forceinline__ int token_of(const Params& P, int row) { return P.num_queries == 1 ? 0 : row / P.group; }
+
+// Items as four numbers: sequence, KV head and row block, first step of the sequence, number of steps.
+__device__ __forceinline__ int4 next_item(const Params& P, int4 item) {
+    if (++item.y == P.heads * P.row_blocks) {
+        item.y = item.w = 0;
+        while (item.w == 0 && ++item.x < P.batch) {
+            const Span s = span(P, item.x);
+            item.z = s.begin, item.w = s.count;
+        }
+    }
+    return item;
+}
+
+// What a warp has not yet looked up the addresses of: from a step of an item on, so many steps.
+struct Copies {
+    int4 item;
+    int step, left;
+};
+
+// The addresses of the next `steps` steps, for as many times COPIES lanes from `first` on. 0: there is no such page.
+__device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& source, u32 first, int steps, u32 lane) {
+    Copies c = copies;
+    const int mine = (lane - first) / COPIES; // huge for lanes before the first
+#pragma unroll 1
+    for (int done = 0; done < steps && c.left > 0;) {
+        if (c.step == c.item.w) c.item = next_item(P, c.item), c.step = 0;
+        const int n = min(min(steps - done, c.item.w - c.step), c.left);
+        if (mine >= done && mine < done + n) {
+            const int step = c.item.z + c.step + mine - done;
+            const int page = step * STEP_TOKENS / PAGE + (PAGE == 16 ? lane & 1 : 0);
+            source = 0;
+            if (PAGE > 16 || page < P.pages_per_sequence) {
+                source = (u64)P.pages + (u64)(u32)P.table[(i64)c.item.x * P.table_stride + page] * P.page_stride;
+                source += head_of(P, c.item.y) * (PAGE / 16 * TILE_BYTES) + (PAGE == 64 ? (step & 1) * STEP_BYTES : 0);
+            }
+        }
+        done += n, c.step += n, c.left -= n;
+    }
+    __syncwarp(); // everybody has read
+    if (lane == 0) copies = c;
+    __syncwarp();
+}
+
+#if !FIXED
+// How the steps of all sequences are dealt out to the warps of the grid.
+struct Deal {
+    u32 total; // steps of all items
+    u32 piece; // 0: each warp gets an equal stretch of the line. Else each item is cut into pieces of at most so many steps
+    u32 warps; // that have work, the first ones
+};
+
+// n / divisor, rounded down; exact for n below 2^20.
+__device__ __forceinline__ u32 quotient(u32 n, float inverse) { return (u32)(((float)n + 0.5f) * inverse); }
+
+// How often a number of steps, or of pieces, of a sequence occurs over all of them.
+template <typename Units>
+__device__ __forceinline__ u32 sum_units(const Params& P, int first, int lane, Units units) {
+    u32 sum = units(first);
+#pragma unroll 1
+    for (int b = 32 + lane; b < P.batch; b += 32) sum += units(span(P, b).count);
+    return __reduce_add_sync(~0u, sum) * (P.heads * P.row_blocks);
+}
+
+// Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower.
+__device__ __forceinline__ Deal deal(const Params& P, int first, int lane) {
+    const u32 all = gridDim.x * WARPS;
+    Deal d;
+    d.total = sum_units(P, first, lane, [](int steps) { return (u32)steps; });
+    d.piece = 0, d.warps = all;
+    const u32 least = max((u32)__umul64hi((u64)d.total + all - 1, P.warps_inverse), 1u);
+    if (least > P.largest_piece) return d;
+#pragma unroll 1
+    for (u32 piece = least; piece <= least + max(2u, least / SLACK); piece++) {
+        const float inverse = reciprocal_of(piece);
+        const u32 pieces = sum_units(P, first, lane, [&](int steps) { return quotient(steps + piece - 1, inverse); });
+        if (pieces <= all) {
+            d.piece = piece, d.warps = pieces;
+            break;
+        }
+    }
+    return d;
+}
+
+// The warp that has a place of the line. The division is exact, as the product is below 2^53.
+__device__ __forceinline__ int warp_at(const Deal& d, u32 place) {
+    return (int)((double)(((u64)place + 1) * d.warps - 1) / (double)d.total);
+}
+#endif
