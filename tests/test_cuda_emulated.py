@@ -7,10 +7,14 @@ only a GPU can tell (that they compile for one, graphs, streams, speed) is in ``
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import emulator
 import pytest
@@ -21,8 +25,9 @@ from emulator.ptx import UnknownInstructionError, translate
 from ops_cases import Cache, State, decode_records, empty_cache, expected, fill, make_cache, noise, sees
 
 from kvfold import ops
+from kvfold.errors import FormatError
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda import decode, expand, prefill, runtime, store
+from kvfold.ops.cuda import decode, dense, expand, prefill, runtime, store
 from kvfold.rotation import rotate
 
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
@@ -143,13 +148,24 @@ def records(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> tor
     return Cache(layout, pages, torch.empty(0), torch.empty(0)).records(slots)
 
 
+def stored_pages(
+    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
+) -> torch.Tensor:
+    """The pages after either kernel stored in a copy of them, that for few tokens and that for many: the same bytes."""
+    few, many = pages.clone(), pages.clone()
+    for got, vectors in ((few, 2**31), (many, 0)):
+        with mock.patch.object(store, "_FEW", vectors):
+            ops.store_kv(k, v, got, slots, layout)
+    assert torch.equal(few, many), f"the kernels differ in {int((few != many).sum())} bytes"
+    return few
+
+
 def check_store(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
     """The kernel writes the reference's bytes but for ties, and nothing else.
 
     At most 1e-4 of the bytes differ, or parts of one vector, and the errors of their vectors agree within 2 %.
     """
-    got = pages.clone()
-    ops.store_kv(k, v, got, slots, layout)
+    got = stored_pages(k, v, pages, slots, layout)
     kept = slots >= 0
     others = torch.tensor(sorted(set(range(len(pages) * layout.page_size)) - set(slots[kept].tolist())))
     assert torch.equal(records(got, others, layout), records(pages, others, layout)), "other tokens' bytes"
@@ -200,11 +216,9 @@ STRIDES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def test_strides_do_not_matter(stride: str, dtype: torch.dtype, device: EmulatedDevice) -> None:
     layout = PageLayout.of("k4v4+pre1", 128, page_size=16)
     k, v = (STRIDES[stride](noise(20, 3, 128, seed=seed, dtype=dtype)) for seed in (1, 2))
-    pages = poisoned(layout, 2, 3)
-    again, slots = pages.clone(), torch.randperm(32)[:20]
-    ops.store_kv(k, v, pages, slots.repeat_interleave(2)[::2], layout)
-    ops.store_kv(k.contiguous(), v.contiguous(), again, slots, layout)
-    assert torch.equal(pages, again)
+    pages, slots = poisoned(layout, 2, 3), torch.randperm(32)[:20]
+    got = stored_pages(k, v, pages, slots.repeat_interleave(2)[::2], layout)
+    assert torch.equal(got, stored_pages(k.contiguous(), v.contiguous(), pages, slots, layout))
 
 
 @pytest.mark.parametrize("spec", ["k4v4+pre1", "k3v3+nc+pre1"])
@@ -215,14 +229,15 @@ def test_vectors_of_all_sizes(spec: str, device: EmulatedDevice) -> None:
     check_store(k, v, poisoned(layout, 4, 2), torch.randperm(64)[:40], layout)
 
 
-def test_zero_and_non_finite_vectors(device: EmulatedDevice) -> None:
-    layout = PageLayout.of("k4v4+pre1", 128, page_size=16)
+@pytest.mark.parametrize("spec", ["k4v4+pre1", "k4v4"])
+def test_zero_and_non_finite_vectors(spec: str, device: EmulatedDevice) -> None:
+    layout = PageLayout.of(spec, 128, page_size=16)
     k, v = noise(16, 2, 128, seed=1), noise(16, 2, 128, seed=2)
     k[3], v[4], v[5] = 0, 0, -0.0
     for token, value in ((8, torch.nan), (9, torch.inf), (10, -torch.inf)):
         k[token, 0, 77], v[token, 1, 5] = value, value
-    pages, slots = poisoned(layout, 1, 2), torch.arange(16)
-    ops.store_kv(k, v, pages, slots, layout)
+    slots = torch.arange(16)
+    pages = stored_pages(k, v, poisoned(layout, 1, 2), slots, layout)
     got, want = records(pages, slots, layout), layout.encode(k, v)
     codes = layout.token_bytes - 4
     scales, wanted = (x[..., codes:].contiguous().view(BF16) for x in (got, want))
@@ -230,6 +245,26 @@ def test_zero_and_non_finite_vectors(device: EmulatedDevice) -> None:
     assert int(scales.isnan().sum()) == 2 * 3
     assert torch.equal(scales == 0, wanted == 0)
     assert (got[..., :codes] == want[..., :codes]).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 13, 40])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v2", "k2v3+pre5", "k4v4+nc+pre1"])
+def test_few_tokens_are_stored(spec: str, tokens: int, device: EmulatedDevice) -> None:
+    layout = PageLayout.of(spec, 128, page_size=32)
+    k, v = noise(tokens, 2, 128, seed=1, dtype=BF16), noise(tokens, 2, 128, seed=2, dtype=BF16)
+    slots = torch.randperm(64)[:tokens]
+    slots[1::6] = -1
+    for schedule in (0, BLOCKS_BACKWARDS | THREADS_BACKWARDS, SEED):
+        device.schedule = schedule
+        check_store(k, v, poisoned(layout, 2, 2), slots, layout)
+
+
+@pytest.mark.parametrize("spec", ["k4v4", "k3v3+nc+pre13"])
+def test_storing_at_the_smallest_scales(spec: str, device: EmulatedDevice) -> None:
+    """Of some prescales the scale rounds to zero, of others it does not."""
+    layout = PageLayout.of(spec, 128, page_size=16)
+    k, v = (noise(16, 2, 128, seed=seed) * torch.linspace(3e-41, 1.2e-40, 16)[:, None, None] for seed in (1, 2))
+    assert stored_pages(k, v, poisoned(layout, 1, 2), torch.arange(16), layout).any()
 
 
 # --- expand -----------------------------------------------------------------------------------------------------------
@@ -272,21 +307,74 @@ def test_the_largest_scales_are_found(device: EmulatedDevice) -> None:
     seen = torch.cat([cache.records(cache.slots(0)[16:]), cache.records(cache.slots(1))])
     scales = seen[..., -4:].contiguous().view(BF16).float()  # of K and V
     assert torch.equal(peaks, scales.nan_to_num(0.0).abs().amax(dim=(0, 1)))
+    whole = expand.find_peaks(cache.pages, cache.table[1:], layout, tokens=20)
+    assert torch.equal(whole, scales[-20:].nan_to_num(0.0).abs().amax(dim=(0, 1)))
+
+
+def test_windows_of_some_heads(device: EmulatedDevice) -> None:
+    layout = PageLayout.of("k4v3", 128, page_size=32)
+    cache = make_cache(layout, (100,), heads=5)
+    plan = expand.plan(layout, F16, False, torch.device("cpu"))
+    for first, heads, start, tokens in ((0, 5, 0, 100), (1, 3, 48, 37), (4, 1, 96, 4)):
+        memory = torch.full((2, heads, tokens + 3, 128), torch.nan, dtype=F16)
+        k, v = memory[:, :, :tokens]
+        expand.expand_heads(
+            plan, cache.pages, cache.table.int(), k, v, torch.tensor([4.0, 0.5]), first=first, start=start
+        )
+        wanted = layout.decode(cache.records(cache.slots(0)[start : start + tokens])[:, first : first + heads])
+        for got, want, power in zip((k, v), wanted, (4, 0.5), strict=True):
+            torch.testing.assert_close(got.float(), want.transpose(0, 1) / power, rtol=2**-10, atol=1e-6)
+        assert memory[:, :, tokens:].isnan().all()
 
 
 # --- prefill ----------------------------------------------------------------------------------------------------------
 
 
-def dense(
+def cudnn(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """In place of the library's attention: weights are rounded to the dtype, as they are there."""
     assert q.dtype == k.dtype == v.dtype
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q.double() @ k.double().transpose(-1, -2) * scale
     if causal:
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
     out = torch.softmax(scores, -1).to(q.dtype).double() @ v.double()
     return out.to(q.dtype).contiguous(), torch.logsumexp(scores, -1).float()
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """In place of FlashAttention-3's: one sequence, and the last query sees all keys."""
+    assert q.dtype == k.dtype == v.dtype == F16
+    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert cu_seqlens_q.tolist() == [0, len(q)] == [0, max_seqlen_q]
+    assert cu_seqlens_k.tolist() == [0, len(k)] == [0, max_seqlen_k]
+    assert k.shape == v.shape
+    assert k.isfinite().all()
+    assert v.isfinite().all()
+    assert all(x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == x.data_ptr() % 16 == 0 for x in (q, k, v))
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(len(q) // len(k), dim=0) for x in (k, v))
+    scores = q @ k.transpose(-1, -2) * softmax_scale
+    if causal:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(max_seqlen_k - max_seqlen_q)
+        scores = scores.masked_fill(~seen, -torch.inf)
+    out = torch.softmax(scores, -1).half().double() @ v
+    return out.transpose(0, 1).half().contiguous(), torch.logsumexp(scores, -1).float()
+
+
+@pytest.fixture(params=["cudnn", "fa3"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Prefill attention on a library's place, and on chunks of few rows."""
+    monkeypatch.setattr(prefill, "_FEW_ROWS", 4)
+    monkeypatch.setattr(dense, "cudnn", cudnn)
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func))
+    with dense.engine(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("chunk", ["exact", "packed"])
@@ -298,13 +386,11 @@ def dense(
     ],
 )  # fmt: skip
 def test_prefill(
-    spec: str, dtype: torch.dtype, heads: int, group: int, k_size: float, v_size: float, chunk: str,
+    spec: str, dtype: torch.dtype, heads: int, group: int, k_size: float, v_size: float, chunk: str, engine: str,
     device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Windows of 48 tokens; a chunk of one token goes to the decode kernel."""
     monkeypatch.setattr(prefill, "WINDOW_BYTES", 48 * 4 * heads * 128)
-    monkeypatch.setattr(prefill, "_FEW_ROWS", 4)
-    monkeypatch.setattr(prefill, "_dense", dense)
     contexts, chunks = (0, 37, 100, 16, 65), (20, 9, 33, 0, 1)
     layout = PageLayout.of(spec, 128, page_size=16)
     lengths = [context + count for context, count in zip(contexts, chunks, strict=True)]
@@ -337,14 +423,119 @@ def test_prefill(
     assert {name for name, _ in device.launches} == {"peaks", "rotate", "expand", "merge", "decode"}
 
 
-def test_queries_are_rotated(device: EmulatedDevice) -> None:
+@pytest.mark.parametrize("budget", [80 * 512, 300 * 512, 2**20])
+def test_a_chunk_is_cut_as_its_prefix(budget: int, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-3: windows that hold part of a chunk, or chunks in several calls."""
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func))
+    monkeypatch.setattr(prefill, "WINDOW_BYTES", budget)
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (150,), heads=3)
+    q, k, v = (noise(101, count, 128, seed=seed).to(BF16) for seed, count in enumerate((6, 3, 3)))
+    q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
+    sizes = mock.Mock(side_effect=prefill._Windows)
+    with dense.engine("fa3"), mock.patch.object(prefill, "_Windows", sizes):
+        out, lse = ops.prefill_attention(
+            q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 101]), layout, scale=0.1, k=k, v=v
+        )
+    assert 0 < max(call.args[-1] for call in sizes.call_args_list) * 512 <= budget
+    keys, values = (torch.cat([x, y.double()]) for x, y in zip(cache.vectors(0), (k, v), strict=True))
+    want = expected(q.float(), keys, values, sees(101, 251), 0.1)
+    error = (out.double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
+    assert error.max() < 2 * TOLERANCE[BF16]
+    assert (lse - want.truth[1]).abs().max() < 5e-3
+    assert not any(name == "decode" for name, _ in device.launches)
+
+
+@pytest.mark.parametrize(("k_size", "v_size"), [(1e12, 2e37), (1e-30, 1e-38), (3e4, 1e20), (1.0, 1e-20)])
+def test_a_chunk_of_another_size_than_its_prefix(
+    k_size: float, v_size: float, engine: str, device: EmulatedDevice
+) -> None:
+    """Whatever bfloat16 can be: nothing overflows, and the larger part of a sum is exact."""
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (70,), heads=1)
+    q, k, v = (noise(20, count, 128, seed=seed) for seed, count in ((1, 2), (2, 1), (3, 1)))
+    q, k, v = (q / max(k_size, 1.0)).to(BF16), (k * k_size).to(BF16), (v * v_size).to(BF16)
+    out, lse = ops.prefill_attention(
+        q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 20]), layout, scale=128**-0.5, k=k, v=v
+    )
+    keys, values = (torch.cat([x, y.double()]) for x, y in zip(cache.vectors(0), (k, v), strict=True))
+    want = expected(q.float(), keys, values, sees(20, 90), 128**-0.5)
+    error = (out.double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
+    assert error.max() < 2 * TOLERANCE[BF16]
+    assert (lse - want.truth[1]).abs().max() < 5e-3
+
+
+def test_which_library_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    assert dense.choose(torch.device("cpu")) == "cudnn"
+    with pytest.raises(FormatError, match="unknown prefill engine 'fa4'"), dense.engine("fa4"):
+        pass
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(dense, "_PACKAGES", ("no_such_module", "no_such_package.no_such_module"))
+    monkeypatch.delitem(sys.modules, dense._VLLM, raising=False)
+    dense._of_package.cache_clear()
+    assert dense.choose(gpu) == "cudnn"
+    with dense.engine("fa3"), pytest.raises(FormatError, match=r"not in this process; import vllm.*dense\.engine"):
+        dense.choose(gpu)
+    module = SimpleNamespace(FA3_AVAILABLE=True, flash_attn_varlen_func=lambda **_: None)
+    monkeypatch.setitem(sys.modules, dense._VLLM, module)  # type: ignore[arg-type]
+    assert dense.choose(gpu) == "fa3"
+    with dense.engine("cudnn"):
+        assert dense.choose(gpu) == "cudnn"
+    dense._of_package.cache_clear()
+
+
+def test_how_keys_are_cut() -> None:
+    room = 64 * 2**20
+    assert prefill._split(8192, 8, 30720, room, 132) == (4, 32768)  # whole heads, and nothing to join
+    assert prefill._split(8192, 8, 32768, room, 132, 2064, True) == (4, 32768)  # exactly
+    assert prefill._split(2048, 8, 30720, room, 132) == (8, 16384)  # of four heads: 64 blocks for 132 processors
+    assert prefill._split(68, 8, 30720, room, 132, 33, True) == (4, 32768)  # FlashAttention-3 shares them among all
+    assert prefill._split(8192, 8, 8000, room, 132) == (8, 16384)  # all at once
+    for rows, heads, keys in ((1, 1, 10**6), (300, 3, 5), (5000, 5, 40000), (100, 2, 0)):
+        split = prefill._split(rows, heads, keys, room, 132)
+        assert 0 < split.heads <= heads
+        assert split.tokens % 16 == 0 < split.tokens
+        assert split.heads * split.tokens * 512 <= room
+    for keys, rows, tokens in ((100, 30, 48), (100, 4, 96), (97, 1, 48), (32, 32, 48), (300, 60, 80)):
+        cuts = prefill._cuts(keys, rows, tokens)
+        assert cuts[0][0] == 0
+        assert cuts[-1][1] == keys
+        assert cuts[-1][0] <= keys - rows
+        assert all(start % 16 == 0 and 0 < end - start <= tokens for start, end in cuts)
+        assert all(one[1] == two[0] for one, two in pairwise(cuts))
+
+
+def test_vectors_are_rotated(device: EmulatedDevice) -> None:
     layout = PageLayout.of("k4v4", 128)
-    q = noise(5, 4, 128)
     for dtype in (BF16, F16):
-        peaks = torch.tensor([5.0, 1.0])
-        got = prefill.rotate(q.to(dtype).transpose(0, 1).contiguous().transpose(0, 1), peaks, layout)
-        want = rotate(q.to(dtype).float()).transpose(0, 1) * 4 / 64
-        torch.testing.assert_close(got.float(), want, rtol=1e-3, atol=1e-5)
+        q, k, v = (noise(rows, heads, 128, seed=rows).to(dtype) for rows, heads in ((5, 4), (35, 3), (16, 3)))
+        k[3, 1], q[2, 2] = k[3, 1] * 100, 60000
+        k = k.transpose(0, 1).contiguous().transpose(0, 1)
+        peaks = torch.tensor([5.0, 1 / 3])
+        outs = [torch.full((x.shape[1], len(x) + 2, 128), torch.nan, dtype=F16) for x in (q, k, v)]
+        jobs = [(x, out[:, 2:], side) for x, out, side in zip((q, k, v), outs, range(3), strict=True)]
+        prefill.rotate(jobs, peaks, layout)
+        for x, out, factor in zip((q, k, v), outs, (4 / 64, 1 / 4, 4), strict=True):
+            want = (rotate(x.float()) * factor).clamp(-65504, 65504).transpose(0, 1)
+            torch.testing.assert_close(out[:, 2:].float(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
+            assert out[:, :2].isnan().all()
+
+
+def test_peaks_of_a_chunk(device: EmulatedDevice) -> None:
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (40,), heads=2)
+    alone = expand.find_peaks(cache.pages, cache.table, layout, tokens=40)
+    for dtype in (BF16, F16):
+        k, v = (noise(21, 2, 128, seed=seed).to(dtype) for seed in (1, 2))
+        k[20, 1, 127], k[3, 0, 5], v[2, 1, 64] = -50.0, torch.inf, torch.nan
+        v *= 1e-3
+        got = expand.find_peaks(cache.pages, cache.table, layout, tokens=40, chunk=(k, v))
+        assert got.tolist() == [400.0, alone[1]]
+    v[7, 0, 127] = 300.0
+    got = expand.find_peaks(cache.pages, cache.table, layout, tokens=0, chunk=(k, v))
+    assert got.tolist() == [400.0, 2400.0]
 
 
 # --- decode -----------------------------------------------------------------------------------------------------------

@@ -294,5 +294,5 @@ def test_what_the_kernels_do_not_do_is_refused_with_the_reason() -> None:
 
 def test_structures_have_the_sizes_that_the_kernel_expects() -> None:
     assert [ctypes.sizeof(kind) for kind in (store._Call, store._Format)] == [104, 2 * 4 * (2 + 13 + 8) + 16]
-    assert [ctypes.sizeof(kind) for kind in (expand._Levels, expand._Window)] == [20, 88]
+    assert [ctypes.sizeof(kind) for kind in (expand._Levels, expand._Window, expand._Chunk)] == [20, 112, 64]
     assert struct.calcsize("P") == 8

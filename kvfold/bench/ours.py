@@ -19,6 +19,7 @@ from kvfold.bench.kernel import Contender, Kernel, Setting, block_tables, length
 from kvfold.bench.report import Check
 from kvfold.formats import SCALE_BYTES, TILE, KVFormat, Side
 from kvfold.layout import PageLayout
+from kvfold.ops.cuda import dense as prefill_engines
 
 PRESCALES = (1, 3)
 """Candidates of the prescale search with which a store is timed."""
@@ -127,7 +128,8 @@ def _prefill(case: PrefillCase, setting: Setting, fmt: KVFormat, backend: str) -
         with ops.backend(backend):
             return chunk.attend(table)
 
-    return Kernel([partial(call, table) for table in tables], case.cache_bytes(fmt), "chunk=exact")
+    note = f"chunk=exact, windows by {prefill_engines.choose(setting.device)}" if backend == "cuda" else "chunk=exact"
+    return Kernel([partial(call, table) for table in tables], case.cache_bytes(fmt), note)
 
 
 def _store(case: StoreCase, setting: Setting, fmt: KVFormat, backend: str) -> Kernel:

@@ -36,8 +36,8 @@ _CALL_NAMES = {
 }  # fmt: skip
 STRUCTURES: dict[str, Layouts] = {
     "store.cu": {"Call": (store._Call, _CALL_NAMES), "Recipe": (store._Recipe, {}), "Format": (store._Format, {})},
-    "expand.cu": {"Window": (expand._Window, {}), "Levels": (expand._Levels, {})},
-    "prefill.cu": {"Part": (prefill._Part, {}), "Rotate": (prefill._Rotate, {})},
+    "expand.cu": {"Window": (expand._Window, {}), "Levels": (expand._Levels, {}), "Chunk": (expand._Chunk, {})},
+    "prefill.cu": {"Part": (prefill._Part, {}), "Rotate": (prefill._Rotate, {}), "Rotations": (prefill._Rotations, {})},
     "decode.cu": {"Params": (decode._Params, {})},
 }
 """The structures that Python and a file share: the C++ name, Python's class, and members that are named differently."""

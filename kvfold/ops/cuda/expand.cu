@@ -6,7 +6,7 @@
 // A warp takes a tile of 16 tokens of one head, K and V. A lane turns eight neighbouring coordinates of a token, one nibble
 // each, into 16 bytes, so that sixteen lanes write a whole row. All loads of a tile are issued before the first is used.
 //
-// With `peaks`, K and V are divided by the power of two below their largest scale, so that they fit float16.
+// With `peaks`, K and V are divided by the power of two below their peak, so that they fit float16.
 //
 // Levels are odd multiples of half the codebook's step, up to 255, so they are exact as bfloat16. Two look-ups with prmt,
 // four codes each, give their upper and lower bytes; the product with the scale is rounded once, to the output's type.
@@ -24,18 +24,37 @@ struct Levels {
 };
 
 struct Window {
-    const u8* pages;
+    const u8* pages;  // of the window's first head
     const void* table;
     i64 table_stride;
-    i64 page_bytes;
-    const int* starts;
-    const int* lengths;
-    u8* k;  // [batch, heads, tokens, 128]
+    i64 page_bytes;   // of a head
+    i64 page_stride;  // from a page to the next, of all heads
+    const int* starts;  // null: `start` for all sequences
+    const int* lengths;  // null: `length`
+    u8* k;  // [batch, heads, rows, 128]
     u8* v;
-    float* peaks;  // largest finite |scale| of K and of V, or null
+    float* peaks;  // K's and V's, of `peaks` below, or null
     int page_shift;
     int batch, heads, tokens;
+    int start, length;
+    int rows;  // of a head in k and v: `tokens`, or more where others follow them
 };
+
+struct Chunk {
+    const u8* k;  // 16-bit floats [rows, heads, 128], strides in elements, vectors at multiples of 16 bytes
+    const u8* v;
+    i64 k_row, k_head, v_row, v_head;
+    int rows, heads;
+    int half;  // float16, else bfloat16
+};
+
+__device__ __forceinline__ int start_of(const Window& window, int b) {
+    return window.starts ? __ldg(window.starts + b) : window.start;
+}
+
+__device__ __forceinline__ int length_of(const Window& window, int b) {
+    return window.lengths ? __ldg(window.lengths + b) : window.length;
+}
 
 template <int BITS>
 struct Planes {
@@ -85,9 +104,9 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, 3) void expand(const __grid_
     int tiles = (window.tokens + TILE - 1) / TILE;
     if (item >= tiles * window.heads * window.batch) return;
     int row = item / tiles, first = item % tiles * TILE, b = row / window.heads, head = row % window.heads;
-    int position = __ldg(window.starts + b) + first;
-    int stored = min(__ldg(window.lengths + b) - position, TILE), wanted = min(window.tokens - first, TILE);
-    i64 out = ((i64)row * window.tokens + first) * (2 * HEAD) + 16 * (lane & 15);
+    int position = start_of(window, b) + first;
+    int stored = min(length_of(window, b) - position, TILE), wanted = min(window.tokens - first, TILE);
+    i64 out = ((i64)row * window.rows + first) * (2 * HEAD) + 16 * (lane & 15);
     u8 *k_out = window.k + out, *v_out = window.v + out;
     int pair = lane >> 4, eight = lane & 15;
 
@@ -101,8 +120,7 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, 3) void expand(const __grid_
     i64 entry = b * window.table_stride + (position >> window.page_shift);
     i64 page = WIDE_TABLE ? __ldg((const i64*)window.table + entry) : (i64)__ldg((const int*)window.table + entry);
     int inside = position & ((1 << window.page_shift) - 1);
-    const u8* tile =
-        window.pages + (page * window.heads + head) * window.page_bytes + (inside / TILE) * TILE_BYTES;
+    const u8* tile = window.pages + page * window.page_stride + head * window.page_bytes + inside / TILE * TILE_BYTES;
 
     // The scale of token `lane`, K's for the first sixteen lanes and V's for the others.
     float scale = bf16_to_float(__ldg((const u16*)(tile + K_SCALES) + lane)) * (pair ? v_levels.unit : k_levels.unit);
@@ -145,27 +163,68 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, 3) void expand(const __grid_
     }
 }
 
-// The largest finite scales of the windows' tokens, into peaks, which are zero or more before. Floats that are not negative
-// are in the order of their bits.
-extern "C" __global__ __launch_bounds__(WARPS * 32) void peaks(const __grid_constant__ Window window) {
-    int lane = threadIdx.x & 31, tiles = (window.tokens + TILE - 1) / TILE;
-    u32 largest = 0;
-    for (int item = blockIdx.x * WARPS + (threadIdx.x >> 5); item < tiles * window.heads * window.batch;
-         item += gridDim.x * WARPS) {
-        int row = item / tiles, first = item % tiles * TILE, b = row / window.heads, head = row % window.heads;
-        int position = __ldg(window.starts + b) + first;
-        if ((lane & 15) >= __ldg(window.lengths + b) - position) continue;
+// The larger of `largest` and the bits of two finite floats' absolute values.
+__device__ __forceinline__ u32 larger(u32 word, int half, u32 largest) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        u32 bits = n ? word >> 16 : word & 0xFFFFu;
+        bits = (half ? __float_as_uint(half_to_float(bits)) : bits << 16) & 0x7FFFFFFFu;
+        if (bits < 0x7F800000u && bits > largest) largest = bits;
+    }
+    return largest;
+}
+
+// The largest finite scales of the windows' tokens, and eight times the largest elements of a chunk's own K and V, into
+// peaks, which are positive before. (A vector of 128 that is rotated has no coordinate of twelve times its largest one, so
+// it is below six times the power of two below the peak.) Floats that are not negative are in the order of their bits.
+//
+// A warp takes four tiles' scales, or 16 tokens of a head of the chunk. K's are in lanes whose bit 2 is 0.
+extern "C" __global__ __launch_bounds__(WARPS * 32) void peaks(const __grid_constant__ Window window,
+                                                              const __grid_constant__ Chunk chunk) {
+    int lane = threadIdx.x & 31, tiles = (window.tokens + TILE - 1) / TILE, all = tiles * window.heads * window.batch;
+    int side = lane >> 2 & 1, chunks = (chunk.rows + TILE - 1) / TILE * chunk.heads;
+    u32 largest = 0, own = 0;
+    for (int item = blockIdx.x * WARPS + (threadIdx.x >> 5); item < chunks + (all + 3) / 4; item += gridDim.x * WARPS) {
+        if (item < chunks) {
+            int head = item % chunk.heads, first = item / chunk.heads * TILE, eight = (lane & 3) | lane >> 3 << 2;
+            i64 row_stride = side ? chunk.v_row : chunk.k_row, at = head * (side ? chunk.v_head : chunk.k_head) + 8 * eight;
+            const u8* from = (side ? chunk.v : chunk.k) + 2 * (at + first * row_stride);
+            uint4 words[TILE];
+#pragma unroll
+            for (int n = 0; n < TILE; n++) {
+                words[n] = make_uint4(0, 0, 0, 0);
+                if (first + n < chunk.rows) words[n] = __ldg((const uint4*)(from + 2 * n * row_stride));
+            }
+#pragma unroll
+            for (int n = 0; n < TILE; n++) {
+                own = larger(words[n].x, chunk.half, larger(words[n].y, chunk.half, own));
+                own = larger(words[n].z, chunk.half, larger(words[n].w, chunk.half, own));
+            }
+            continue;
+        }
+        int number = 4 * (item - chunks) + (lane >> 3);
+        if (number >= all) continue;
+        int row = number / tiles, first = number % tiles * TILE, b = row / window.heads, head = row % window.heads;
+        int position = start_of(window, b) + first, stored = length_of(window, b) - position - 4 * (lane & 3);
+        if (stored <= 0) continue;
         i64 entry = b * window.table_stride + (position >> window.page_shift);
         i64 page = WIDE_TABLE ? __ldg((const i64*)window.table + entry) : (i64)__ldg((const int*)window.table + entry);
         int inside = position & ((1 << window.page_shift) - 1);
         const u8* tile =
-            window.pages + (page * window.heads + head) * window.page_bytes + (inside / TILE) * TILE_BYTES;
-        u32 scale = (u32)__ldg((const u16*)(tile + K_SCALES) + lane) << 16 & 0x7FFFFFFFu;
-        if (scale < 0x7F800000u && scale > largest) largest = scale;
+            window.pages + page * window.page_stride + head * window.page_bytes + inside / TILE * TILE_BYTES;
+        uint2 scales = __ldg((const uint2*)(tile + K_SCALES) + (lane & 7));  // of four tokens
+        if (stored < 4) scales.y = stored < 3 ? 0 : scales.y & 0xFFFFu;
+        if (stored < 2) scales.x &= 0xFFFFu;
+        largest = larger(scales.x, 0, larger(scales.y, 0, largest));
     }
-    for (int k = 1; k < 16; k <<= 1) {
+    own = own ? min(own + (3u << 23), 0x7F000000u) : 0;
+    if (own > largest) largest = own;
+    for (int k = 1; k < 32; k <<= 1) {
+        if (k == 4) continue;
         u32 other = __shfl_xor_sync(ALL_LANES, largest, k);
         if (other > largest) largest = other;
     }
-    if ((lane & 15) == 0) atomicMax((u32*)window.peaks + (lane >> 4), largest);
+    // Few warps find more than those before them, and atomics on one word wait for each other.
+    u32* peak = (u32*)window.peaks + side;
+    if ((lane & 27) == 0 && largest > *(volatile u32*)peak) atomicMax(peak, largest);
 }

@@ -21,7 +21,11 @@ from kvfold.ops.cuda import runtime
 from kvfold.ops.cuda.store import HEAD_SIZE, WIDTHS
 
 _WARPS = 8  # of a block, as in expand.cu
+_PEAK_BLOCKS = 1056  # as many as an H200 holds at once: more warps wait for memory together
 _DTYPES = (torch.bfloat16, torch.float16)
+
+SMALLEST_PEAK = 2.0**-100
+"""Below it nothing is scaled up: the reciprocal and its products stay finite."""
 
 
 def supports(layout: PageLayout) -> str | None:
@@ -49,6 +53,7 @@ class _Window(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("table_stride", ctypes.c_int64),
         ("page_bytes", ctypes.c_int64),
+        ("page_stride", ctypes.c_int64),
         ("starts", ctypes.c_void_p),
         ("lengths", ctypes.c_void_p),
         ("k", ctypes.c_void_p),
@@ -58,6 +63,17 @@ class _Window(ctypes.Structure):
         ("batch", ctypes.c_int32),
         ("heads", ctypes.c_int32),
         ("tokens", ctypes.c_int32),
+        ("start", ctypes.c_int32),
+        ("length", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+    )
+
+
+class _Chunk(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("k", "v")),
+        *((name, ctypes.c_int64) for name in ("k_row", "k_head", "v_row", "v_head")),
+        *((name, ctypes.c_int32) for name in ("rows", "heads", "half")),
     )
 
 
@@ -90,23 +106,35 @@ def _defines(layout: PageLayout, dtype: torch.dtype, wide_table: bool) -> dict[s
     }
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
+    """The kernels for pages of a layout on a device."""
+
     kernel: runtime.Kernel
     peaks: runtime.Kernel
     k: _Levels
     v: _Levels
+    page_bytes: int
+    page_shift: int
 
 
 @lru_cache(maxsize=1024)
-def _plan(layout: PageLayout, dtype: torch.dtype, wide_table: bool, device: torch.device) -> _Plan:
+def plan(layout: PageLayout, dtype: torch.dtype, wide_table: bool, device: torch.device) -> Plan:
+    """For windows of a dtype, and block tables of int64 (wide) or int32.
+
+    Raises:
+        FormatError: The layout is not supported.
+        CudaError: The kernels cannot be compiled.
+    """
     if reason := supports(layout):
         raise FormatError(f"{reason}; use ops.backend('auto'), which chooses an implementation that can")
     defines = _defines(layout, dtype, wide_table)
-    return _Plan(
+    return Plan(
         runtime.kernel("expand.cu", "expand", device, **defines),
         runtime.kernel("expand.cu", "peaks", device, **defines),
         _levels(layout.format.k),
         _levels(layout.format.v),
+        layout.page_bytes,
+        layout.page_size.bit_length() - 1,
     )
 
 
@@ -158,56 +186,88 @@ def expand_window(
         raise ShapeError("block_table is int32 or int64 with contiguous rows")
     if pages.data_ptr() % 16 or k_out.data_ptr() % 16 or v_out.data_ptr() % 16:
         raise ShapeError("pages, k_out and v_out begin at multiples of 16 bytes")
-    plan = _plan(layout, k_out.dtype, block_table.dtype == torch.int64, pages.device)
-    items = -(-tokens // TILE) * heads * batch
-    plan.kernel.launch(
-        (-(-items // _WARPS), 1, 1),
-        32 * _WARPS,
-        0,
-        _Window(
-            pages.data_ptr(),
-            block_table.data_ptr(),
-            block_table.stride(0),
-            layout.page_bytes,
-            starts.data_ptr(),
-            lengths.data_ptr(),
-            k_out.data_ptr(),
-            v_out.data_ptr(),
-            None if peaks is None else peaks.data_ptr(),
-            layout.page_size.bit_length() - 1,
-            batch,
-            heads,
-            tokens,
-        ),
-        plan.k,
-        plan.v,
-    )
+    chosen = plan(layout, k_out.dtype, block_table.dtype == torch.int64, pages.device)
+    window = _window(
+        chosen, pages, block_table, k_out.data_ptr(), v_out.data_ptr(), peaks, 0, heads, tokens,
+        starts.data_ptr(), lengths.data_ptr(), rows=tokens,
+    )  # fmt: skip
+    _expand(chosen, window)
+
+
+def expand_heads(
+    chosen: Plan,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    peaks: torch.Tensor,
+    *,
+    first: int,
+    start: int,
+) -> None:
+    """:func:`expand_window` for a range of heads and tokens of one sequence, and without checks.
+
+    Args:
+        chosen: The :func:`plan`.
+        block_table: ``[1, P]``.
+        k_out: ``[heads, tokens, 128]``: heads from ``first`` on, tokens from ``start`` on, a multiple of 16; the
+            sequence has all of them. Those of a head are contiguous; the heads may be further apart.
+        v_out: The same for V, of the same strides.
+    """
+    heads, tokens, _ = k_out.shape
+    window = _window(
+        chosen, pages, block_table, k_out.data_ptr(), v_out.data_ptr(), peaks, first, heads, tokens,
+        None, None, start, start + tokens, k_out.stride(0) // HEAD_SIZE,
+    )  # fmt: skip
+    _expand(chosen, window)
 
 
 def find_peaks(
-    pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout, starts: torch.Tensor, lengths: torch.Tensor,
-    *, tokens: int, dtype: torch.dtype = torch.float16,
+    pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout,
+    starts: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
+    *, tokens: int, dtype: torch.dtype = torch.float16, chunk: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """The largest finite scales of K and of V among the windows' tokens, float32 ``[2]``; arguments as of
-    :func:`expand_window`, ``dtype`` of the windows that will be expanded."""
-    plan = _plan(layout, dtype, block_table.dtype == torch.int64, pages.device)
-    peaks = torch.zeros(2, dtype=torch.float32, device=pages.device)
-    plan.peaks.launch(
-        (min(264, -(-tokens // (TILE * _WARPS)) * pages.shape[1] * len(block_table)), 1, 1),
-        32 * _WARPS,
-        0,
-        _Window(
-            pages=pages.data_ptr(),
-            table=block_table.data_ptr(),
-            table_stride=block_table.stride(0),
-            page_bytes=layout.page_bytes,
-            starts=starts.data_ptr(),
-            lengths=lengths.data_ptr(),
-            peaks=peaks.data_ptr(),
-            page_shift=layout.page_size.bit_length() - 1,
-            batch=len(block_table),
-            heads=pages.shape[1],
-            tokens=tokens,
-        ),
-    )
+    """Float32 ``[2]``: the largest finite scales of K and of V among the windows' tokens, 2^-100 at least.
+
+    Arguments are as of :func:`expand_window`, ``dtype`` of the windows that will be expanded. Without starts and
+    lengths every sequence's first ``tokens`` tokens are looked at. ``chunk`` are K and V, 16-bit floats ``[n, H, 128]``
+    with vectors at multiples of 16 bytes, that come into the windows too, rotated: then eight times their largest
+    finite element counts as well.
+    """
+    chosen = plan(layout, dtype, block_table.dtype == torch.int64, pages.device)
+    peaks = torch.full((2,), SMALLEST_PEAK, dtype=torch.float32, device=pages.device)
+    heads = pages.shape[1]
+    window = _window(
+        chosen, pages, block_table, None, None, peaks, 0, heads, tokens,
+        None if starts is None else starts.data_ptr(), None if lengths is None else lengths.data_ptr(), 0, tokens,
+    )  # fmt: skip
+    own, own_items = _Chunk(), 0
+    if chunk is not None:
+        k, v = chunk
+        own = _Chunk(
+            k.data_ptr(), v.data_ptr(), k.stride(0), k.stride(1), v.stride(0), v.stride(1), len(k), heads,
+            k.dtype == torch.float16,
+        )  # fmt: skip
+        own_items = -(-len(k) // TILE) * heads
+    items = own_items + -(-(-(-tokens // TILE) * heads * window.batch) // 4)
+    chosen.peaks.launch((max(1, min(_PEAK_BLOCKS, -(-items // _WARPS))), 1, 1), 32 * _WARPS, 0, window, own)
     return peaks
+
+
+def _window(
+    chosen: Plan, pages: torch.Tensor, table: torch.Tensor, k: int | None, v: int | None, peaks: torch.Tensor | None,
+    first: int, heads: int, tokens: int, starts: int | None, lengths: int | None, start: int = 0, length: int = 0,
+    rows: int = 0,
+) -> _Window:  # fmt: skip
+    """In the order of the structure's fields, because naming them takes longer, and a prefill has dozens of windows."""
+    head_bytes = chosen.page_bytes
+    return _Window(
+        pages.data_ptr() + first * head_bytes, table.data_ptr(), table.stride(0), head_bytes,
+        pages.shape[1] * head_bytes, starts, lengths, k, v, None if peaks is None else peaks.data_ptr(),
+        chosen.page_shift, table.shape[0], heads, tokens, start, length, rows,
+    )  # fmt: skip
+
+
+def _expand(chosen: Plan, window: _Window) -> None:
+    items = -(-window.tokens // TILE) * window.heads * window.batch
+    chosen.kernel.launch((-(-items // _WARPS), 1, 1), 32 * _WARPS, 0, window, chosen.k, chosen.v)

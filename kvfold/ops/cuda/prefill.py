@@ -1,39 +1,44 @@
 """Prefill attention on Hopper: windows of the packed prefix are expanded, and a library's dense attention reads them.
 
 Chunks of hundreds of tokens are bound by the matrix products, and nothing that a hand-written kernel could save is
-worth what the libraries' kernels have gained there. So a window of at most 64 MiB of the prefix is de-quantised
-(``expand.cu``, in the rotated basis), cuDNN's or FlashAttention's kernel attends to it with rotated queries, and
-partial results are un-rotated and joined by their log-sum-exp (``prefill.cu``). Chunks of a few tokens go to the decode
-kernel.
+worth what the libraries' kernels have gained there. So windows of the prefix, 64 MiB at most at any time, are
+de-quantised (``expand.cu``, in the rotated basis), the library's kernel attends to them with rotated queries, and
+results are un-rotated (``prefill.cu``). Chunks of a few tokens go to the decode kernel.
 
-Windows are float16 whatever q is: bfloat16 would add 2^-9 to every K, V and rotated q, and 4e-3 and more to the result.
-For float16's range K and V are divided by a power of two below their largest scale, and the powers come back with q and
-with the result. A token whose V is 2^-20 of the largest is lost in that; one whose K is small has a small score.
+With FlashAttention-3 (``dense`` says when) a chunk's own K and V are rotated into the window behind its prefix, and one
+causal call has the result of some heads. cuDNN attends to the windows and, apart, to the chunk, and partial results are
+joined by their log-sum-exp; so they are where the tokens of one head exceed a window.
+
+A window is some KV heads by some tokens (:func:`_split`), and float16 whatever q is: bfloat16 would add 2^-9 to every
+K, V and rotated q, and 4e-3 and more to the result. For float16's range K and V are divided by a power of two below
+their peak (``expand.find_peaks``), and the powers come back with q and with the result. A token whose V is 2^-20 of the
+largest is lost in that; one whose K is small has a small score.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+import weakref
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda import runtime
+from kvfold.ops.cuda import dense, expand, runtime
 from kvfold.ops.cuda.decode import constants, decode_attention
-from kvfold.ops.cuda.expand import expand_window, find_peaks
 from kvfold.ops.options import AttentionOptions
 
 WINDOW_BYTES = 64 * 2**20
-"""Of a de-quantised window: K and V of all heads."""
+"""Of the de-quantised windows that exist at a time: K and V."""
 
 _FEW_ROWS = 64  # query rows of a KV head up to which the decode kernel is faster
+_MOST_QUERIES = 2**14  # of a call of FlashAttention-3, so that windows hold the keys of several heads
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 _ROOM = 64.0  # rotated queries are divided by it, see prefill.cu
+_TOKEN_BYTES = 2 * 2 * 128  # of a KV head in a window
 
 State = tuple[torch.Tensor, torch.Tensor]
 """Partial result of a chunk: out ``[n, Hq, 128]`` and log-sum-exp ``[n, Hq]``, of any strides."""
@@ -41,43 +46,29 @@ State = tuple[torch.Tensor, torch.Tensor]
 
 # --- lengths on the host ----------------------------------------------------------------------------------------------
 
-_known = WeakTensorKeyDictionary()
+
+class _Known(NamedTuple):
+    tensor: weakref.ref[torch.Tensor]
+    version: int
+    values: list[int]
+
+
+_known: dict[int, _Known] = {}  # by the tensor's id
 
 
 def _on_host(lengths: torch.Tensor) -> list[int]:
     """The values of a tensor, read once for all layers of a model as long as nobody writes to it."""
     if lengths.is_inference():  # writes to such a tensor leave no trace
         return lengths.tolist()
-    version, values = _known.get(lengths, (None, []))
-    if version != lengths._version:
-        values = lengths.tolist()
-        _known[lengths] = lengths._version, values
-    return values
+    key = id(lengths)
+    known = _known.get(key)
+    if known is None or known.tensor() is not lengths or known.version != lengths._version:
+        reference = weakref.ref(lengths, lambda _: _known.pop(key, None))
+        known = _known[key] = _Known(reference, lengths._version, lengths.tolist())
+    return known.values
 
 
-# --- pieces -----------------------------------------------------------------------------------------------------------
-
-
-def _dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of q ``[1, H, n, d]`` to ``[1, H, m, d]`` by cuDNN, or by FlashAttention where cuDNN does not serve it.
-
-    Returns:
-        out ``[1, H, n, d]`` and log-sum-exp ``[1, H, n]``.
-    """
-    if _cudnn_serves(q.device):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, causal, False, scale=scale
-        )
-        return out, lse.view(out.shape[:3])
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return out, lse
-
-
-@lru_cache(maxsize=64)
-def _cudnn_serves(device: torch.device) -> bool:
-    return torch.backends.cudnn.is_available() and torch.backends.cuda.cudnn_sdp_enabled()
+# --- this package's kernels -------------------------------------------------------------------------------------------
 
 
 class _Part(ctypes.Structure):
@@ -89,10 +80,14 @@ class _Part(ctypes.Structure):
 
 class _Rotate(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "out", "peaks")),
-        *((name, ctypes.c_int64) for name in ("q_row", "q_head")),
-        *((name, ctypes.c_int32) for name in ("rows", "heads")),
+        *((name, ctypes.c_void_p) for name in ("x", "out")),
+        *((name, ctypes.c_int64) for name in ("x_row", "x_head", "out_head")),
+        *((name, ctypes.c_int32) for name in ("rows", "heads", "side", "first")),
     )
+
+
+class _Rotations(ctypes.Structure):
+    _fields_ = (("jobs", _Rotate * 3), ("peaks", ctypes.c_void_p))
 
 
 class _Kernels(NamedTuple):
@@ -107,7 +102,7 @@ def _kernels(layout: PageLayout, rotated: int, parts: int, dtype: torch.dtype, i
         _fields_ = (
             ("parts", _Part * parts),
             *((name, ctypes.c_void_p) for name in ("out", "lse", "peaks")),
-            *((name, ctypes.c_int64) for name in ("lse_row", "lse_head")),
+            *((name, ctypes.c_int64) for name in ("out_row", "lse_row", "lse_head")),
             *((name, ctypes.c_int32) for name in ("rows", "heads")),
         )
 
@@ -120,17 +115,44 @@ def _kernels(layout: PageLayout, rotated: int, parts: int, dtype: torch.dtype, i
     return _Kernels(rotate_kernel, merge_kernel, Merge)
 
 
-def rotate(q: torch.Tensor, peaks: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """q ``[n, Hq, 128]`` rotated, times the power of two below K's peak, divided by 64: float16 ``[Hq, n, 128]``."""
-    if q.stride(2) != 1 or q.data_ptr() % 8 or q.stride(0) % 4 or q.stride(1) % 4:
-        q = q.contiguous()
-    count, heads, _ = q.shape
-    out = torch.empty((heads, count, 128), dtype=torch.float16, device=q.device)
-    _kernels(layout, 1, 1, q.dtype, q.device.index).rotate.launch(
-        (-(-count * heads // 8), 1, 1), 256, 0,
-        _Rotate(q.data_ptr(), out.data_ptr(), peaks.data_ptr(), q.stride(0), q.stride(1), count, heads),
-    )  # fmt: skip
-    return out
+def _blocks(rows: int, heads: int) -> int:
+    """Of four warps, each of which takes 16 rows of a head."""
+    return -(-(-(-rows // 16) * heads) // 4)
+
+
+def _readable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x ``[n, H, 128]`` as kernels and libraries read it: vectors contiguous, and at multiples of 16 bytes."""
+    x = x.to(dtype)
+    if x.stride(2) == 1 and not (x.stride(0) % 8 or x.stride(1) % 8 or x.data_ptr() % 16):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+QUERIES, KEYS, VALUES = 0, 1, 2
+
+Job = tuple[torch.Tensor, torch.Tensor, int]
+"""What :func:`rotate` reads: ``[n, heads, 128]``, see :func:`_readable`; where it writes: float16 ``[heads, n, 128]``,
+rows contiguous; and which of the three it is."""
+
+
+def rotate(jobs: list[Job], peaks: torch.Tensor, layout: PageLayout) -> None:
+    """Rotate up to three tensors of one dtype in one launch.
+
+    Keys and values are divided by the power of two below their peak; queries are multiplied by that of the keys, and
+    divided by 64.
+    """
+    call = _Rotations(peaks=peaks.data_ptr())
+    blocks = 0
+    for at, (x, out, side) in enumerate(jobs):
+        rows, heads, _ = x.shape
+        call.jobs[at] = _Rotate(
+            x.data_ptr(), out.data_ptr(), x.stride(0), x.stride(1), out.stride(0), rows, heads, side, blocks
+        )
+        blocks += _blocks(rows, heads)
+    for at in range(len(jobs), 3):
+        call.jobs[at].first = blocks
+    x = jobs[0][0]
+    _kernels(layout, 1, 1, x.dtype, x.device.index).rotate.launch((blocks, 1, 1), 128, 0, call)
 
 
 def merge(
@@ -141,7 +163,9 @@ def merge(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Join partial results into out ``[n, Hq, 128]``, contiguous, and lse ``[n, Hq]``, of any strides.
+    """Join partial results into out ``[n, Hq, 128]``, heads contiguous, and lse ``[n, Hq]``, of any strides.
+
+    All vectors are contiguous and at multiples of 16 bytes.
 
     Args:
         rotated: Float16 results over windows: rotated and divided by the power of two below V's peak.
@@ -155,15 +179,107 @@ def merge(
     )
     rows, heads = lse.shape
     kernels.merge.launch(
-        (-(-rows * heads // 8), 1, 1), 256, 0,
+        (_blocks(rows, heads), 1, 1), 128, 0,
         kernels.merge_params(
-            parts, out.data_ptr(), lse.data_ptr(), None if peaks is None else peaks.data_ptr(), lse.stride(0),
-            lse.stride(1), rows, heads,
+            parts, out.data_ptr(), lse.data_ptr(), None if peaks is None else peaks.data_ptr(), out.stride(0),
+            lse.stride(0), lse.stride(1), rows, heads,
         ),
     )  # fmt: skip
 
 
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+# What a library's kernel takes on an H200, in keys that a block of 128 query rows reads: 81 of them a microsecond.
+_CALL_COST = 650  # of a launch, with the blocks that begin and end
+_MERGE_COST = 1 / 400  # of joining another vector of 128
+
+
+class _Split(NamedTuple):
+    """How a sequence's keys are cut: windows of some KV heads by some tokens, the last of each smaller."""
+
+    heads: int
+    tokens: int
+
+
+@lru_cache(maxsize=4096)
+def _split(
+    rows: int, heads: int, keys: int, room: int, processors: int, least: int = 16, shares: bool = False
+) -> _Split:
+    """The windows of at most ``room`` bytes, and ``least`` tokens, that ``rows`` queries of a KV head read fastest.
+
+    Few heads with all tokens need no joining; many heads make enough blocks for all processors where queries are few,
+    unless the library ``shares`` the keys of a block among processors then, as FlashAttention-3 does.
+    """
+
+    def waves(width: int) -> float:
+        blocks = -(-rows // 128) * width
+        return 1 / (processors // blocks) if shares and blocks < processors else -(-blocks // processors)
+
+    def cost(split: _Split) -> float:
+        groups, rest = divmod(heads, split.heads)
+        times = max(1, -(-keys // split.tokens))
+        reading = (groups * waves(split.heads) + (waves(rest) if rest else 0)) * keys
+        return reading + _CALL_COST * times * (groups + (rest > 0)) + _MERGE_COST * times * rows * heads
+
+    splits = [_Split(width, room // (_TOKEN_BYTES * width) // 16 * 16) for width in range(1, heads + 1)]
+    return min((split for split in splits if split.tokens >= least), key=cost)
+
+
+@lru_cache(maxsize=64)
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _Windows:
+    """Windows of a sequence, one after the other in the same memory."""
+
+    def __init__(
+        self, pages: torch.Tensor, table: torch.Tensor, layout: PageLayout, peaks: torch.Tensor, vectors: int
+    ) -> None:
+        """``vectors`` are the tokens times heads of the largest."""
+        self._pages, self._table, self._peaks = pages, table, peaks
+        self._plan = expand.plan(layout, torch.float16, table.dtype == torch.int64, pages.device)
+        self._memory = torch.empty(2, vectors * 128, dtype=torch.float16, device=pages.device)
+
+    def read(self, first: int, heads: int, start: int, end: int, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V float16 ``[heads, end - start, 128]`` of heads and tokens from ``first`` and ``start`` on.
+
+        ``start`` is a multiple of 16. From token ``stored`` on nothing is written.
+        """
+        tokens = end - start
+        k, v = (half[: heads * tokens * 128].view(heads, tokens, 128) for half in self._memory)
+        if start < stored:
+            of_pages = slice(min(end, stored) - start)
+            expand.expand_heads(
+                self._plan, self._pages, self._table, k[:, of_pages], v[:, of_pages], self._peaks,
+                first=first, start=start,
+            )  # fmt: skip
+        return k, v
+
+
 # --- the operation ----------------------------------------------------------------------------------------------------
+
+
+class _Sequence(NamedTuple):
+    """A chunk of a sequence, and where its result goes.
+
+    Attributes:
+        q: ``[n, Hq, 128]``.
+        chunk: K and V ``[n, H, 128]``; None if the chunk's tokens are read from the pages.
+        table: ``[1, P]``.
+        context: Tokens to read from the pages, the chunk's included if ``chunk`` is None.
+        context_len: The same, ``[1]`` on the device.
+        out: ``[n, Hq, 128]``, contiguous.
+        lse: ``[n, Hq]``.
+    """
+
+    q: torch.Tensor
+    chunk: tuple[torch.Tensor, torch.Tensor] | None
+    table: torch.Tensor
+    context: int
+    context_len: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
 
 
 def prefill_attention(
@@ -178,25 +294,39 @@ def prefill_attention(
     v: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.prefill_attention`. Reads the lengths on the host, once for all layers."""
-    from kvfold.ops import _module, reference
-
     if options.window is not None or options.softcap is not None or options.mask is not None or q.dtype.itemsize != 2:
-        # dense kernels of the libraries know none of these
-        other = _module("triton") if _triton_serves(pages.device, layout) else reference
-        result = other.prefill_attention(q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v)
-        return result[0], result[1]
+        return _elsewhere(q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v)
     bounds, contexts = _on_host(cu_seqlens), _on_host(context_lens)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device).T
     for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin == end:
             continue
-        chunk = None if k is None or v is None else (k[begin:end], v[begin:end])
-        rotated, plain, peaks = _sequence(
-            q[begin:end], pages, block_table[b : b + 1], contexts[b], context_lens[b : b + 1], layout, options, chunk
-        )
-        merge(rotated, plain, peaks, layout, out[begin:end], lse[:, begin:end].T)
-    return out, lse
+        chunk = None if k is None or v is None else (_rows(k, begin, end), _rows(v, begin, end))
+        sequence = _Sequence(
+            _rows(q, begin, end), chunk, _rows(block_table, b, b + 1), contexts[b], _rows(context_lens, b, b + 1),
+            _rows(out, begin, end), _rows(lse, begin, end),
+        )  # fmt: skip
+        _attend(sequence, pages, layout, options)
+    return out, lse.T
+
+
+def _rows(x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+    """``x[begin:end]``, sooner where that is all."""
+    return x if end - begin == x.shape[0] else x.narrow(0, begin, end - begin)
+
+
+def _elsewhere(
+    q: torch.Tensor, pages: torch.Tensor, block_table: torch.Tensor, context_lens: torch.Tensor,
+    cu_seqlens: torch.Tensor, layout: PageLayout, options: AttentionOptions,
+    k: torch.Tensor | None, v: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """What the libraries' dense kernels do not know: windows, soft caps, masks, float32."""
+    from kvfold.ops import _module, reference
+
+    other = _module("triton") if _triton_serves(pages.device, layout) else reference
+    result = other.prefill_attention(q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v)
+    return result[0], result[1]
 
 
 @lru_cache(maxsize=64)
@@ -206,67 +336,132 @@ def _triton_serves(device: torch.device, layout: PageLayout) -> bool:
     return _why_not("triton", device, layout) is None
 
 
-def _sequence(
-    q: torch.Tensor,
-    pages: torch.Tensor,
-    table: torch.Tensor,
-    context: int,
-    context_len: torch.Tensor,
-    layout: PageLayout,
-    options: AttentionOptions,
-    chunk: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[list[State], list[State], torch.Tensor | None]:
-    """The partial results of one sequence's chunk, in the pages' basis and in the model's, and the prefix's peaks."""
-    count, num_heads, _ = q.shape
-    heads = pages.shape[1]
-    # first, as it is long enough for the host to prepare the rest meanwhile
-    plain = [] if chunk is None else [_causal(q.transpose(0, 1), *chunk, options.scale)]
-    if not context:
-        return [], plain, None
-    if count * num_heads // heads <= _FEW_ROWS:
-        start = context_len if chunk is not None else context_len - count
+def _attend(s: _Sequence, pages: torch.Tensor, layout: PageLayout, options: AttentionOptions) -> None:
+    """The result of a sequence's chunk."""
+    count, num_heads, _ = s.q.shape
+    if s.context and count * num_heads // pages.shape[1] > _FEW_ROWS:
+        attend = _attend_at_once if dense.choose(pages.device) == "fa3" else _attend_apart
+        attend(s, pages, layout, options.scale)
+        return
+    plain = [] if s.chunk is None else [_causal(s.q, *s.chunk, options.scale)]
+    if s.context:
+        start = s.context_len if s.chunk is not None else s.context_len - count
         few = options._replace(query_start=start)
-        out, lse = decode_attention(q[None], pages, table, context_len, layout, few)
-        return [], [*plain, (out[0], lse[0].T)], None
-    prefix = context if chunk is not None else context - count
-    whole = _range(pages.device, 0), _range(pages.device, context)
-    peaks = find_peaks(pages, table, layout, *whole, tokens=context)
-    queries, scale = rotate(q, peaks, layout), options.scale * _ROOM
-    # without a mask, the query heads of a group are just more queries of their KV head
-    folded = queries.view(1, heads, -1, 128)
-    window = WINDOW_BYTES // (4 * heads * 128) // 16 * 16
-    rotated = []
-    for begin in range(0, prefix, window):
-        out, lse = _dense(
-            folded, *_expand(pages, table, layout, begin, min(begin + window, prefix), peaks), False, scale
-        )
-        rotated.append((out.view(num_heads, count, 128).transpose(0, 1), lse.view(num_heads, count).T))
-    if chunk is None:  # the chunk's own tokens are read from the pages too
-        own = _expand(pages, table, layout, prefix // 16 * 16, context, peaks)
-        own_k, own_v = (x[0, :, prefix % 16 :].transpose(0, 1) for x in own)
-        rotated.append(_causal(queries, own_k, own_v, scale))
-    return rotated, plain, peaks
+        out, lse = decode_attention(s.q[None], pages, s.table, s.context_len, layout, few)
+        plain.append((out[0], lse[0].T))
+    merge([], plain, None, layout, s.out, s.lse)
 
 
-def _expand(
-    pages: torch.Tensor, table: torch.Tensor, layout: PageLayout, start: int, end: int, peaks: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens start (a multiple of 16) to end of one sequence: K and V float16 ``[1, H, end - start, 128]``."""
-    shape = (1, pages.shape[1], end - start, 128)
-    k, v = (torch.empty(shape, dtype=torch.float16, device=pages.device) for _ in range(2))
-    starts, lengths = _range(pages.device, start), _range(pages.device, end)
-    expand_window(pages, table, layout, starts, lengths, k, v, tokens=end - start, peaks=peaks)
-    return k, v
+# --- prefix and chunk at once: FlashAttention-3 -----------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4096)
-def _range(device: torch.device, position: int) -> torch.Tensor:
-    return torch.full((1,), position, dtype=torch.int32, device=device)
+def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float) -> None:
+    """The result of a chunk of many rows: its own K and V are in the windows, behind those of the pages."""
+    count, heads = len(s.q), pages.shape[1]
+    q = _readable(s.q, s.q.dtype)
+    chunk = None if s.chunk is None else (_readable(s.chunk[0], q.dtype), _readable(s.chunk[1], q.dtype))
+    peaks = expand.find_peaks(pages, s.table, layout, tokens=s.context, chunk=chunk)
+    room, before = WINDOW_BYTES, s.context - (count if chunk is None else 0)
+    # the last window has all keys that only some of the queries see, so these are as many as fit
+    most = min(_MOST_QUERIES, room // _TOKEN_BYTES - 16)
+    for begin in range(0, count, most):
+        end = min(begin + most, count)
+        rows = (end - begin) * (q.shape[1] // heads)
+        split = _split(rows, heads, before + end, room, _processors(pages.device), end - begin + 16, True)
+        windows = _Windows(pages, s.table, layout, peaks, split.heads * min(split.tokens, before + end))
+        part = s._replace(q=q[begin:end], chunk=chunk, out=s.out[begin:end], lse=s.lse[begin:end])
+        _attend_causally(part, windows, split, before + end, heads, peaks, layout, scale * _ROOM)
+
+
+def _attend_causally(
+    s: _Sequence, windows: _Windows, split: _Split, keys: int, heads: int, peaks: torch.Tensor, layout: PageLayout,
+    scale: float,
+) -> None:  # fmt: skip
+    """The result of queries that are the last of a sequence's ``keys`` tokens; the chunk may have begun before them."""
+    count, num_heads, _ = s.q.shape
+    group = num_heads // heads
+    queries = torch.empty((num_heads, count, 128), dtype=torch.float16, device=s.q.device)
+    jobs: list[Job] = [(s.q, queries, QUERIES)]
+    for first in range(0, heads, split.heads):
+        width = min(split.heads, heads - first)
+        group_heads = slice(first * group, (first + width) * group)
+        states = []
+        for start, end in _cuts(keys, count, split.tokens):
+            k, v = windows.read(first, width, start, end, s.context)
+            if s.chunk is not None and end > s.context:
+                own = slice(max(start, s.context) - s.context, end - s.context)
+                at = max(s.context - start, 0)
+                for x, to, side in zip(s.chunk, (k, v), (KEYS, VALUES), strict=True):
+                    jobs.append((x[own, first : first + width], to[:, at:], side))
+            if jobs:
+                rotate(jobs, peaks, layout)
+                jobs = []
+            q, k, v = (x.transpose(0, 1) for x in (queries[group_heads], k, v))
+            states.append(dense.flash_attention_3(q, k, v, end == keys, scale))
+        merge(states, [], peaks, layout, s.out[:, group_heads], s.lse[:, group_heads])
+
+
+def _cuts(keys: int, rows: int, tokens: int) -> list[tuple[int, int]]:
+    """Where windows of a number of tokens begin and end; the last has the last ``rows`` keys, and may be the larger for
+    it. That number is 16 more than ``rows`` at least."""
+    starts = list(range(0, keys, tokens))
+    starts[-1] = min(starts[-1], (keys - rows) // 16 * 16)
+    return list(zip(starts, [*starts[1:], keys], strict=True))
+
+
+# --- prefix and chunk apart: cuDNN ------------------------------------------------------------------------------------
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> State:
-    """A chunk's attention to itself: q ``[Hq, n, 128]``, k and v ``[n, H, 128]``."""
-    group = q.shape[0] // k.shape[1]
-    keys, values = (x.to(q.dtype).transpose(0, 1).repeat_interleave(group, dim=0).unsqueeze(0) for x in (k, v))
-    out, lse = _dense(q.unsqueeze(0), keys, values, True, scale)
+    """A chunk's attention to itself: q ``[n, Hq, 128]``, k and v ``[n, H, 128]``."""
+    q, k, v = (_readable(x, q.dtype).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    out, lse = dense.cudnn(q, k, v, True, scale)
     return out[0].transpose(0, 1), lse[0].T
+
+
+def _attend_apart(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float) -> None:
+    """The result of a chunk of many rows, from the windows of its prefix and from its attention to itself.
+
+    That is launched first, to keep the GPU busy while the host prepares the rest.
+    """
+    count, num_heads, _ = s.q.shape
+    heads = pages.shape[1]
+    group = num_heads // heads
+    plain = [] if s.chunk is None else [_causal(s.q, *s.chunk, scale)]
+    prefix = s.context if s.chunk is not None else s.context - count
+    split = _split(group * count, heads, prefix, WINDOW_BYTES, _processors(pages.device))
+
+    peaks, rotated_scale = expand.find_peaks(pages, s.table, layout, tokens=s.context), scale * _ROOM
+    queries = torch.empty((num_heads, count, 128), dtype=torch.float16, device=s.q.device)
+    rotate([(_readable(s.q, s.q.dtype), queries, QUERIES)], peaks, layout)
+    # the chunk's own tokens, if they are in the pages too; before the others, so that these take their memory
+    packed = [] if s.chunk is not None else [_causal_packed(s, pages, queries, prefix, layout, peaks, rotated_scale)]
+    # without a mask, the query heads of a group are just more queries of their KV head
+    folded = queries.view(1, heads, -1, 128)
+    windows = _Windows(pages, s.table, layout, peaks, split.heads * min(split.tokens, prefix))
+    for first in range(0, heads, split.heads):
+        width = min(split.heads, heads - first)
+        group_heads, shape = slice(first * group, (first + width) * group), (width * group, count)
+        states = []
+        for start in range(0, prefix, split.tokens):
+            k, v = windows.read(first, width, start, min(start + split.tokens, prefix), prefix)
+            out, lse = dense.cudnn(folded[:, first : first + width], k[None], v[None], False, rotated_scale)
+            states.append((out.view(*shape, 128).transpose(0, 1), lse.view(shape).T))
+        states += _of_heads(packed, group_heads)
+        merge(states, _of_heads(plain, group_heads), peaks, layout, s.out[:, group_heads], s.lse[:, group_heads])
+
+
+def _of_heads(states: list[State], heads: slice) -> list[State]:
+    return [(out[:, heads], lse[:, heads]) for out, lse in states]
+
+
+def _causal_packed(
+    s: _Sequence, pages: torch.Tensor, queries: torch.Tensor, prefix: int, layout: PageLayout, peaks: torch.Tensor,
+    scale: float,
+) -> State:  # fmt: skip
+    """A chunk's attention to itself from the pages, where it begins at ``prefix``: rotated queries ``[Hq, n, 128]``."""
+    heads, start = pages.shape[1], prefix // 16 * 16
+    windows = _Windows(pages, s.table, layout, peaks, heads * (s.context - start))
+    k, v = windows.read(0, heads, start, s.context, s.context)
+    own_k, own_v = (x[:, prefix - start :].transpose(0, 1) for x in (k, v))
+    return _causal(queries.transpose(0, 1), own_k, own_v, scale)

@@ -1,0 +1,130 @@
+"""The CUDA prefill against attention in float64, with each library: run with ``pytest -m gpu`` on an H100 or H200."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+import pytest
+import torch
+from ops_cases import Cache, empty_cache
+
+from kvfold import ops
+from kvfold.errors import FormatError
+from kvfold.layout import PageLayout
+from kvfold.ops import reference
+from kvfold.ops.cuda import dense, prefill
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = torch.device("cuda", 0)
+BF16, F16 = torch.bfloat16, torch.float16
+TOLERANCE = {BF16: 4e-3, F16: 1e-3}
+"""Largest error of a chunk's output, relative to its norm. Rounding to bfloat16 alone makes 1.7e-3."""
+
+
+@pytest.fixture(params=["cudnn", "fa3"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    with suppress(Exception):  # the tests may use it, though kvfold does not import it
+        importlib.import_module("vllm.vllm_flash_attn.flash_attn_interface")
+    with dense.engine(request.param), ops.backend("cuda"):
+        try:
+            dense.choose(DEVICE)
+        except FormatError as error:
+            pytest.skip(str(error))
+        yield request.param
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype)
+
+
+def stored(lengths: Sequence[int], spec: str, heads: int, k_size: float = 1.0) -> Cache:
+    layout = PageLayout.of(spec, 128, page_size=64)
+    cache = empty_cache(layout, lengths, heads)
+    pages, table = cache.pages.to(DEVICE), cache.table.to(DEVICE)
+    for b, length in enumerate(lengths):
+        if length:
+            k, v = random(length, heads, 128) * k_size, random(length, heads, 128)
+            reference.store_kv(k, v, pages, cache.slots(b).to(DEVICE), layout)
+    return Cache(layout, pages, table, cache.lengths.to(DEVICE, torch.int32))
+
+
+def check(
+    contexts: Sequence[int], chunks: Sequence[int], spec: str = "k4v4", heads: int = 2, group: int = 4,
+    packed: bool = False, dtype: torch.dtype = BF16, sizes: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> None:  # fmt: skip
+    """Chunks behind contexts; ``sizes`` are those of stored K, and of the chunks' own K and V."""
+    lengths = [context + (count if packed else 0) for context, count in zip(contexts, chunks, strict=True)]
+    cache = stored(lengths, spec, heads, sizes[0])
+    total = sum(chunks)
+    q = (random(total, heads * group, 128) / max(sizes[1], 1.0)).to(dtype)
+    k, v = ((random(total, heads, 128) * size).to(dtype) for size in sizes[1:])
+    bounds = torch.tensor([0, *chunks]).cumsum(0).int().to(DEVICE)
+    own = {} if packed else {"k": k, "v": v}
+    out, lse = ops.prefill_attention(
+        q, cache.pages, cache.table, cache.lengths, bounds, cache.layout, scale=128**-0.5, **own
+    )
+    begin = 0
+    for b, (context, count) in enumerate(zip(contexts, chunks, strict=True)):
+        rows = slice(begin, begin + count)
+        begin += count
+        parts = []
+        if lengths[b]:
+            parts.append(reference.load_kv(cache.pages, cache.table[b : b + 1], cache.layout, lengths[b]))
+            parts[0] = tuple(x[0, : lengths[b]].double() for x in parts[0])
+        if not packed:
+            parts.append((k[rows].double(), v[rows].double()))
+        keys, values = (torch.cat(x) for x in zip(*parts, strict=True))
+        seen = torch.arange(context + count, device=DEVICE) <= torch.arange(
+            context, context + count, device=DEVICE
+        ).unsqueeze(1)
+        for head in range(heads):  # one at a time: scores are float64
+            queries = slice(head * group, (head + 1) * group)
+            scores = torch.einsum("tgd,nd->gtn", q[rows, queries].double(), keys[:, head]) * 128**-0.5
+            scores = scores.masked_fill(~seen, -torch.inf)
+            want = torch.einsum("gtn,nd->tgd", torch.softmax(scores, -1), values[:, head])
+            error = (out[rows, queries].double() - want).norm() / want.norm()
+            assert error <= TOLERANCE[dtype], (b, head)
+            assert (lse[queries, rows] - torch.logsumexp(scores, -1)).abs().max() < 5e-3, (b, head)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["exact", "packed"])
+@pytest.mark.parametrize(
+    ("spec", "contexts", "chunks", "heads", "group"),
+    [
+        ("k4v4", (0, 100, 777, 3000), (130, 64, 5, 300), 2, 4),
+        ("k3v2", (0, 20000, 40), (500, 100, 1), 8, 1),
+        ("k4v4", (30720,), (2048,), 4, 2),
+    ],
+)
+def test_batches(
+    spec: str, contexts: tuple[int, ...], chunks: tuple[int, ...], heads: int, group: int, packed: bool, engine: str
+) -> None:
+    check(contexts, chunks, spec, heads, group, packed)
+
+
+def test_float16(engine: str) -> None:
+    check((5000,), (200,), heads=8, group=8, dtype=F16)
+
+
+@pytest.mark.parametrize("sizes", [(4.0, 1.0, 1.0), (1.0, 1e12, 2e37), (1.0, 3e4, 1e20), (1.0, 1.0, 1e-20)], ids=str)
+def test_sizes(sizes: tuple[float, float, float], engine: str) -> None:
+    check((5000,), (200,), sizes=sizes)
+
+
+def test_few_queries_of_a_long_context(engine: str) -> None:
+    check((35000,), (64,), heads=8, group=4)
+    check((35000,), (18,), heads=8, group=4)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["exact", "packed"])
+def test_many_windows(packed: bool, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "WINDOW_BYTES", 2 * 2**20)
+    check((5000, 0, 300), (300, 130, 65), "k4v3", 4, 4, packed)
+
+
+def test_chunks_that_exceed_a_window(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "WINDOW_BYTES", 2**18)
+    check((1000,), (1300,), heads=2, group=2)
