@@ -46,8 +46,8 @@ def device() -> Iterator[EmulatedDevice]:
 
 @pytest.fixture
 def one_multiprocessor() -> Iterator[EmulatedDevice]:
-    """For many steps a warp."""
-    with emulated_device(multiprocessors=1) as device, ops.backend("cuda"):
+    """For many steps a warp, in one piece of an item."""
+    with emulated_device(multiprocessors=1, largest_piece=4096) as device, ops.backend("cuda"):
         yield device
 
 
@@ -640,6 +640,13 @@ def test_batches(batch: int, heads: int, device: EmulatedDevice) -> None:
 def test_a_warp_copies_several_short_items_before_it_begins(one_multiprocessor: EmulatedDevice) -> None:
     """Three items of one step and one of two, again and again: the next one must be known to all lanes."""
     cache = stored((1, 1, 1, 64) * 16, heads=1)
+    check(cache, queries(cache))
+
+
+@pytest.mark.parametrize("lengths", [(6144, 6144), (3000, 0, 9000), (400, 7000)], ids=str)
+def test_long_pieces(lengths: tuple[int, ...], one_multiprocessor: EmulatedDevice) -> None:
+    """A dozen steps and more in a piece; in the first two batches every warp gets one."""
+    cache = stored(lengths, heads=1)
     check(cache, queries(cache))
 
 

@@ -130,8 +130,10 @@ def _forget() -> None:
 
 
 @contextmanager
-def emulated_device(multiprocessors: int = 3) -> Iterator[EmulatedDevice]:
+def emulated_device(multiprocessors: int = 3, largest_piece: int = 1) -> Iterator[EmulatedDevice]:
     """Inside, ``ops.backend("cuda")`` serves tensors of the CPU, and what it launches is emulated.
+
+    Decode attention cuts items into pieces of at most ``largest_piece`` steps, or cuts the line of all steps.
 
     The library's dense attention, which prefill attention calls, is none of the package's kernels and not emulated.
     """
@@ -144,7 +146,7 @@ def emulated_device(multiprocessors: int = 3) -> Iterator[EmulatedDevice]:
         (torch.cuda, "current_stream"): lambda device=None: stream,
         (torch.cuda, "is_current_stream_capturing"): lambda: False,
         (torch.cuda, "synchronize"): lambda device=None: None,
-        (decode, "_LARGEST_PIECE"): 1,  # so that small inputs are cut in both ways
+        (decode, "_LARGEST_PIECE"): largest_piece,
     }
     _forget()
     entered = [mock.patch.object(owner, name, value) for (owner, name), value in patches.items()]

@@ -96,12 +96,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             copies = (u32)__umul64hi((u64)plan.total * (mine + 1), P.warps_inverse) - place;
         }
         u32 before = 0, units = 0;
-        const float piece_inverse = reciprocal_of(plan.piece);
         const u32 wanted = plan.piece ? quotient(mine, reciprocal_of(items_each)) : place / items_each;
 #pragma unroll 1
         for (int base = 0; base < P.batch; base += 32) { // the first sequence whose sum of steps, or pieces, exceeds `wanted`
             const Span s = base == 0 ? first32 : base + lane < P.batch ? span(P, base + lane) : Span{0, 0};
-            const u32 own = plan.piece ? quotient(s.count + plan.piece - 1, piece_inverse) : s.count;
+            const u32 own = units_of(plan, s.count);
             u32 upto = own;
 #pragma unroll
             for (int k = 1; k < 32; k <<= 1) {

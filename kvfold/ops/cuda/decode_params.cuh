@@ -21,6 +21,7 @@
 #define PLACES 3 // of a warp in scratch
 #define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
 #define SLACK 32 // pieces may be longer than equal stretches by one part in so many
+#define LONG_PIECE 12 // steps
 #define CHECKED 256 // steps after which integer sums may be too large
 #define NOTHING -1e30f
 

@@ -95,37 +95,48 @@ struct Deal {
     u32 total; // steps of all items
     u32 piece; // 0: each warp gets an equal stretch of the line. Else each item is cut into pieces of at most so many steps
     u32 warps; // that have work, the first ones
+    float inverse; // of piece
+    float spread;  // 0, or pieces of a step, if more and shorter pieces than needed are wanted
 };
 
 // n / divisor, rounded down; exact for n below 2^20.
 __device__ __forceinline__ u32 quotient(u32 n, float inverse) { return (u32)(((float)n + 0.5f) * inverse); }
 
-// How often a number of steps, or of pieces, of a sequence occurs over all of them.
-template <typename Units>
-__device__ __forceinline__ u32 sum_units(const Params& P, int first, int lane, Units units) {
-    u32 sum = units(first);
+// Into how many pieces an item of so many steps is cut, or how many steps there are in the line.
+__device__ __forceinline__ u32 units_of(const Deal& d, u32 steps) {
+    return d.piece ? max(quotient(steps + d.piece - 1, d.inverse), (u32)((float)steps * d.spread)) : steps;
+}
+
+// Of all items.
+__device__ __forceinline__ u32 sum_units(const Params& P, const Deal& d, int first, int lane) {
+    u32 sum = units_of(d, first);
 #pragma unroll 1
-    for (int b = 32 + lane; b < P.batch; b += 32) sum += units(span(P, b).count);
+    for (int b = 32 + lane; b < P.batch; b += 32) sum += units_of(d, span(P, b).count);
     return __reduce_add_sync(~0u, sum) * (P.heads * P.row_blocks);
 }
 
-// Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower.
+// Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower. Short ones are
+// as few as possible, so that an item is few CTAs; of long ones each warp has one if lengths allow, so that all SMs read.
 __device__ __forceinline__ Deal deal(const Params& P, int first, int lane) {
     const u32 all = gridDim.x * WARPS;
-    Deal d;
-    d.total = sum_units(P, first, lane, [](int steps) { return (u32)steps; });
-    d.piece = 0, d.warps = all;
+    Deal d = {0, 0, all, 0.f, 0.f};
+    d.total = sum_units(P, d, first, lane);
     const u32 least = max((u32)__umul64hi((u64)d.total + all - 1, P.warps_inverse), 1u);
-    if (least > P.largest_piece) return d;
+    if (least > P.largest_piece || d.total >> 20 >= P.heads * P.row_blocks) return d; // quotients would not be exact
 #pragma unroll 1
     for (u32 piece = least; piece <= least + max(2u, least / SLACK); piece++) {
-        const float inverse = reciprocal_of(piece);
-        const u32 pieces = sum_units(P, first, lane, [&](int steps) { return quotient(steps + piece - 1, inverse); });
-        if (pieces <= all) {
-            d.piece = piece, d.warps = pieces;
-            break;
+        d.piece = piece, d.inverse = reciprocal_of(piece);
+        d.warps = sum_units(P, d, first, lane);
+        if (d.warps > all) continue;
+        if (piece >= LONG_PIECE) {
+            d.spread = 1.00001f * all / d.total; // above the quotient, so that whole numbers stay whole
+            const u32 spread = sum_units(P, d, first, lane);
+            if (spread <= all) d.warps = spread;
+            else d.spread = 0.f;
         }
+        return d;
     }
+    d.piece = 0, d.warps = all;
     return d;
 }
 
