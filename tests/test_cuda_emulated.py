@@ -323,7 +323,7 @@ def test_windows_of_some_heads(device: EmulatedDevice) -> None:
         )
         wanted = layout.decode(cache.records(cache.slots(0)[start : start + tokens])[:, first : first + heads])
         for got, want, power in zip((k, v), wanted, (4, 0.5), strict=True):
-            torch.testing.assert_close(got.float(), want.transpose(0, 1) / power, rtol=2**-10, atol=1e-6)
+            torch.testing.assert_close(got.float(), want.transpose(0, 1) / power * 1024, rtol=2**-10, atol=1e-6)
         assert memory[:, :, tokens:].isnan().all()
 
 
@@ -466,6 +466,56 @@ def test_a_chunk_of_another_size_than_its_prefix(
     assert (lse - want.truth[1]).abs().max() < 5e-3
 
 
+def test_a_large_token_of_another_head(engine: str, device: EmulatedDevice) -> None:
+    """Windows of all heads share a power of two: ordinary vectors beside one of 10 000 times their size are right."""
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (70,), heads=2)
+    q, k, v = (noise(20, count, 128, seed=seed).to(BF16) for seed, count in ((1, 4), (2, 2), (3, 2)))
+    k[7, 1], v[7, 1] = k[7, 1] * 100, v[7, 1] * 1e4
+    out, _ = ops.prefill_attention(
+        q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 20]), layout, scale=128**-0.5, k=k, v=v
+    )
+    keys, values = (torch.cat([x, y.double()])[:, :1] for x, y in zip(cache.vectors(0), (k, v), strict=True))
+    want = expected(q[:, :2].float(), keys, values, sees(20, 90), 128**-0.5)
+    error = (out[:, :2].double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
+    assert error.max() < TOLERANCE[BF16]
+
+
+def test_a_table_of_any_strides(engine: str, device: EmulatedDevice) -> None:
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (70,), heads=1)
+    q, k, v = (noise(20, count, 128, seed=seed).to(BF16) for seed, count in ((1, 2), (2, 1), (3, 1)))
+    wide = cache.table.repeat_interleave(2, 1)[:, ::2]
+    assert wide.stride(1) == 2
+    results = [
+        ops.prefill_attention(q, cache.pages, table, cache.lengths, torch.tensor([0, 20]), layout, scale=0.1, k=k, v=v)
+        for table in (cache.table, wide)
+    ]
+    assert same(*results)
+
+
+def test_a_package_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for another torch, it fails with anything: the next one is tried, or cuDNN taken, and the reason told."""
+    (tmp_path / "kvfold_broken").mkdir()
+    (tmp_path / "kvfold_broken" / "__init__.py").write_text("raise ImportError('undefined symbol: x')")
+    (tmp_path / "kvfold_flash.py").write_text("def flash_attn_varlen_func(q, num_splits=1): return num_splits")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.delitem(sys.modules, dense._VLLM, raising=False)
+    for packages in (("kvfold_broken.interface",), ("kvfold_broken.interface", "kvfold_flash")):
+        monkeypatch.setattr(dense, "_PACKAGES", packages)
+        dense._of_package.cache_clear()
+        if len(packages) == 2:
+            assert dense.choose(torch.device("cuda", 0)) == "fa3"
+            function = dense._of_package().function
+            assert function is not None
+            assert function(q=None) == 0  # it shares keys among SMs
+        else:
+            with dense.engine("fa3"), pytest.raises(FormatError, match=r"cannot be imported .*undefined symbol"):
+                dense.choose(torch.device("cuda", 0))
+    dense._of_package.cache_clear()
+
+
 def test_which_library_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     assert dense.choose(torch.device("cpu")) == "cudnn"
@@ -513,11 +563,11 @@ def test_vectors_are_rotated(device: EmulatedDevice) -> None:
         q, k, v = (noise(rows, heads, 128, seed=rows).to(dtype) for rows, heads in ((5, 4), (35, 3), (16, 3)))
         k[3, 1], q[2, 2] = k[3, 1] * 100, 60000
         k = k.transpose(0, 1).contiguous().transpose(0, 1)
-        peaks = torch.tensor([5.0, 1 / 3])
+        peaks = torch.tensor([5e3, 3e3])
         outs = [torch.full((x.shape[1], len(x) + 2, 128), torch.nan, dtype=F16) for x in (q, k, v)]
         jobs = [(x, out[:, 2:], side) for x, out, side in zip((q, k, v), outs, range(3), strict=True)]
         prefill.rotate(jobs, peaks, layout)
-        for x, out, factor in zip((q, k, v), outs, (4 / 64, 1 / 4, 4), strict=True):
+        for x, out, factor in zip((q, k, v), outs, (4096 / 64, 1024 / 4096, 1024 / 2048), strict=True):
             want = (rotate(x.float()) * factor).clamp(-65504, 65504).transpose(0, 1)
             torch.testing.assert_close(out[:, 2:].float(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
             assert out[:, :2].isnan().all()

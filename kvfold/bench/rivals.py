@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -95,6 +96,15 @@ def _fa3_entry() -> Attend:
         except Unavailable as error:
             reasons.append(str(error))
     raise Unavailable("; or: ".join(reasons))
+
+
+def load_libraries() -> None:
+    """Import what rivals import, as far as it is there.
+
+    kvfold's prefill takes FlashAttention-3 once it is loaded, and has to be checked with what it is timed with.
+    """
+    with suppress(Unavailable):
+        _fa3_entry()
 
 
 def _fa3_of_vllm() -> Attend:

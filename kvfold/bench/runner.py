@@ -14,7 +14,7 @@ from kvfold.bench import ours
 from kvfold.bench.cases import Case, PrefillCase, StoreCase
 from kvfold.bench.kernel import Contender, Kernel, Setting, Unavailable
 from kvfold.bench.report import Missing, Report, Row
-from kvfold.bench.rivals import BASELINES, rivals
+from kvfold.bench.rivals import BASELINES, load_libraries, rivals
 from kvfold.bench.timing import Replayable, Timer, Timing, copy_bandwidth
 from kvfold.errors import FormatError, NotBuiltError
 from kvfold.formats import KVFormat
@@ -55,6 +55,8 @@ def measure(
     report.copy_bytes_per_second = copy_bandwidth(setting.device)
     timer = Timer(setting.device, setting.l2_bytes)
     say(f"device-to-device copy: {report.copy_bytes_per_second / 1e12:.2f} TB/s, read and written")
+    if with_rivals:
+        load_libraries()
     for case in cases:
         try:
             _check(case, formats, backends, setting, report)

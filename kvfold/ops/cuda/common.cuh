@@ -39,6 +39,10 @@ __device__ __forceinline__ float power_below(float x) {
     return __uint_as_float(exponent);
 }
 
+// What has been divided by such a power is multiplied by this before it becomes float16: the largest values are then some
+// thousands, and half of float16's range is left for the small ones. As in prefill.py.
+constexpr float LIFT = 1024.f;
+
 // Of such a power.
 __device__ __forceinline__ float reciprocal(float power) { return __uint_as_float(0x7F000000u - __float_as_uint(power)); }
 

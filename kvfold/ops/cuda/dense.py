@@ -92,24 +92,22 @@ def _flash_attention_3() -> _Found:
 
 @lru_cache(maxsize=1)
 def _of_package() -> _Found:
-    name = next((name for name in _PACKAGES if _exists(name)), None)
-    if name is None:
-        way_out = f"import {_VLLM} before, or install the package flash_attn_interface"
-        return _Found(None, f"FlashAttention-3 is not in this process; {way_out}")
-    try:
-        function = importlib.import_module(name).flash_attn_varlen_func
-    except Exception as error:  # an extension built for another torch fails with anything
-        return _Found(None, f"{name} cannot be imported ({error}); build it for this torch")
-    # newer ones return the log-sum-exp by request, older ones always
-    asked = {"return_attn_probs": True} if "return_attn_probs" in inspect.signature(function).parameters else {}
-    return _Found(partial(function, **asked))
-
-
-def _exists(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
-        return False
+    way_out = f"import {_VLLM} before, or install the package flash_attn_interface"
+    missing = f"FlashAttention-3 is not in this process; {way_out}"
+    for name in _PACKAGES:
+        try:
+            if importlib.util.find_spec(name) is None:
+                continue
+            function = importlib.import_module(name).flash_attn_varlen_func
+        except ModuleNotFoundError:  # not even the package that it would be in
+            continue
+        except Exception as error:  # an extension built for another torch fails with anything
+            missing = f"{name} cannot be imported ({error}); build it for this torch"
+            continue
+        # newer ones return the log-sum-exp by request, older ones always; keys are shared among SMs only if asked for
+        parameters, asked = inspect.signature(function).parameters, {"return_attn_probs": True, "num_splits": 0}
+        return _Found(partial(function, **{key: value for key, value in asked.items() if key in parameters}))
+    return _Found(None, missing)
 
 
 def flash_attention_3(

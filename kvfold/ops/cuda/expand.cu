@@ -6,7 +6,7 @@
 // A warp takes a tile of 16 tokens of one head, K and V. A lane turns eight neighbouring coordinates of a token, one nibble
 // each, into 16 bytes, so that sixteen lanes write a whole row. All loads of a tile are issued before the first is used.
 //
-// With `peaks`, K and V are divided by the power of two below their peak, so that they fit float16.
+// With `peaks`, K and V are divided by the power of two below their peak, so that they fit float16, and times LIFT.
 //
 // Levels are odd multiples of half the codebook's step, up to 255, so they are exact as bfloat16. Two look-ups with prmt,
 // four codes each, give their upper and lower bytes; the product with the scale is rounded once, to the output's type.
@@ -124,7 +124,7 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, 3) void expand(const __grid_
 
     // The scale of token `lane`, K's for the first sixteen lanes and V's for the others.
     float scale = bf16_to_float(__ldg((const u16*)(tile + K_SCALES) + lane)) * (pair ? v_levels.unit : k_levels.unit);
-    if (window.peaks) scale *= reciprocal(power_below(window.peaks[pair]));
+    if (window.peaks) scale = scale * reciprocal(power_below(window.peaks[pair])) * LIFT;
     if (eight >= stored) scale = 0;
     u32 k_word0[8], k_word1[8];
     uint4 v_words0[2], v_words1[2];

@@ -5,8 +5,8 @@
 // PARTS and ROTATED (partial results, and how many of them, the first, are in the basis of the pages).
 //
 // De-quantised windows are float16, which has eight times bfloat16's precision but not its range. So K is divided by a
-// power of two below the peak of the sequence, and V likewise (expand.cu, `peaks`); q is multiplied by K's power, and the
-// result by V's.
+// power of two below the peak of the sequence, and V likewise (expand.cu, `peaks`), and multiplied by LIFT; q is multiplied
+// by K's power, and the result by V's and divided by LIFT.
 //
 // A warp takes 16 vectors, of which lane 4 g + i has coordinates 32 t + 8 i to 32 t + 8 i + 7, t = 0 to 3, of vectors g and
 // g + 8: rows of 16 bytes, all in flight before the first is used. In that shape they are the A of mma.m16n8k16, which
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) rotate(const __grid_
     load(a[1], J.x, (row + 8) * J.x_row + head * J.x_head + 8 * i, row + 8 < J.rows);
     const float power = power_below(P.peaks[J.side == 2]);
     // The products are with 2^-8, so that no sum of 128 bfloat16 overflows; 64 is room for large scores.
-    const float factor = 256.f * NORM * (J.side ? reciprocal(power) : power * 0.015625f);
+    const float factor = 256.f * NORM * (J.side ? reciprocal(power) * LIFT : power * 0.015625f);
     const u32 b = signs(QTYPE == 1 ? 0x1C00u : 0x3B80u, lane);
     flip(a, i);
     rotate_pair<0>(a, b, factor, J.side == 0, words);
@@ -207,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 4 : 2) mer
         for (int p = 0; p < PARTS; p++) total[h] += weights[p][h] = expf(weights[p][h] - base[h]);
     }
     const u32 b = signs(0x3C00u, lane);
-    const float power = ROTATED ? power_below(P.peaks[1]) * NORM : 1.f;
+    const float power = ROTATED ? power_below(P.peaks[1]) * (NORM / LIFT) : 1.f;
     float o[2][8][4];
 #pragma unroll
     for (int p = 0; p < PARTS; p++) {

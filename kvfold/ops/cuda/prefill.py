@@ -11,8 +11,8 @@ joined by their log-sum-exp; so they are where the tokens of one head exceed a w
 
 A window is some KV heads by some tokens (:func:`_split`), and float16 whatever q is: bfloat16 would add 2^-9 to every
 K, V and rotated q, and 4e-3 and more to the result. For float16's range K and V are divided by a power of two below
-their peak (``expand.find_peaks``), and the powers come back with q and with the result. A token whose V is 2^-20 of the
-largest is lost in that; one whose K is small has a small score.
+their peak (``expand.find_peaks``), and the powers come back with q and with the result. A token whose V is 2^-24 of the
+largest loses precision in that; one whose K is small has a small score.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from kvfold.errors import ShapeError
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import dense, expand, runtime
 from kvfold.ops.cuda.decode import constants, decode_attention
@@ -38,6 +39,7 @@ _MOST_QUERIES = 2**14  # of a call of FlashAttention-3, so that windows hold the
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 
 _ROOM = 64.0  # rotated queries are divided by it, see prefill.cu
+_LIFT = 1024.0  # K and V of windows are multiplied by it, see common.cuh
 _TOKEN_BYTES = 2 * 2 * 128  # of a KV head in a window
 
 State = tuple[torch.Tensor, torch.Tensor]
@@ -296,6 +298,10 @@ def prefill_attention(
     """See :func:`kvfold.ops.prefill_attention`. Reads the lengths on the host, once for all layers."""
     if options.window is not None or options.softcap is not None or options.mask is not None or q.dtype.itemsize != 2:
         return _elsewhere(q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v)
+    if pages.data_ptr() % 16:
+        raise ShapeError("pages have to begin at a multiple of 16 bytes for the CUDA kernels; pass a tensor that does")
+    if block_table.stride(1) != 1:
+        block_table = block_table.contiguous()
     bounds, contexts = _on_host(cu_seqlens), _on_host(context_lens)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device).T
@@ -370,7 +376,8 @@ def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale
         split = _split(rows, heads, before + end, room, _processors(pages.device), end - begin + 16, True)
         windows = _Windows(pages, s.table, layout, peaks, split.heads * min(split.tokens, before + end))
         part = s._replace(q=q[begin:end], chunk=chunk, out=s.out[begin:end], lse=s.lse[begin:end])
-        _attend_causally(part, windows, split, before + end, heads, peaks, layout, scale * _ROOM)
+        _attend_causally(part, windows, split, before + end, heads, peaks, layout, scale * _ROOM / _LIFT)
+        del windows  # before there are others
 
 
 def _attend_causally(
@@ -431,7 +438,7 @@ def _attend_apart(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: 
     prefix = s.context if s.chunk is not None else s.context - count
     split = _split(group * count, heads, prefix, WINDOW_BYTES, _processors(pages.device))
 
-    peaks, rotated_scale = expand.find_peaks(pages, s.table, layout, tokens=s.context), scale * _ROOM
+    peaks, rotated_scale = expand.find_peaks(pages, s.table, layout, tokens=s.context), scale * _ROOM / _LIFT
     queries = torch.empty((num_heads, count, 128), dtype=torch.float16, device=s.q.device)
     rotate([(_readable(s.q, s.q.dtype), queries, QUERIES)], peaks, layout)
     # the chunk's own tokens, if they are in the pages too; before the others, so that these take their memory
@@ -461,7 +468,14 @@ def _causal_packed(
 ) -> State:  # fmt: skip
     """A chunk's attention to itself from the pages, where it begins at ``prefix``: rotated queries ``[Hq, n, 128]``."""
     heads, start = pages.shape[1], prefix // 16 * 16
-    windows = _Windows(pages, s.table, layout, peaks, heads * (s.context - start))
-    k, v = windows.read(0, heads, start, s.context, s.context)
-    own_k, own_v = (x[:, prefix - start :].transpose(0, 1) for x in (k, v))
-    return _causal(queries.transpose(0, 1), own_k, own_v, scale)
+    group, tokens = len(queries) // heads, s.context - start
+    width = max(1, min(heads, WINDOW_BYTES // (_TOKEN_BYTES * tokens)))
+    windows, states = _Windows(pages, s.table, layout, peaks, width * tokens), []
+    for first in range(0, heads, width):
+        k, v = windows.read(first, min(width, heads - first), start, s.context, s.context)
+        own_k, own_v = (x[:, prefix - start :].transpose(0, 1) for x in (k, v))
+        own_q = queries[first * group : (first + width) * group].transpose(0, 1)
+        states.append(_causal(own_q, own_k, own_v, scale))
+    if len(states) == 1:
+        return states[0]
+    return torch.cat([out for out, _ in states], dim=1), torch.cat([lse for _, lse in states], dim=1)
