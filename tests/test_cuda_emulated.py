@@ -28,6 +28,7 @@ from kvfold import ops
 from kvfold.errors import FormatError
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import decode, dense, expand, prefill, runtime, store
+from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate
 
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
@@ -693,6 +694,21 @@ def test_a_warp_copies_several_short_items_before_it_begins(one_multiprocessor: 
     check(cache, queries(cache))
 
 
+@pytest.mark.parametrize(("length", "window", "unseen"), [(40, None, [3, 4]), (100, 10, [0, 1, 2, 3, 4, 7])], ids=str)
+def test_entries_of_unseen_pages_may_be_anything(
+    length: int, window: int | None, unseen: list[int], device: EmulatedDevice
+) -> None:
+    """Two pages of 16 are a step, and one of them may be before the window or behind the end."""
+    cache = make_cache(PageLayout.of("k4v4", 128, page_size=16), (length,), heads=1)
+    table = torch.cat([cache.table, cache.table[:, :1]], dim=1).int()
+    table[:, unseen] = -1
+    q = queries(cache)
+    got = decode.decode_attention(
+        q, cache.pages, table, cache.lengths, cache.layout, AttentionOptions(128**-0.5, window=window)
+    )
+    compare(got, truth(cache, q, window=window) if window else truth(cache, q))
+
+
 @pytest.mark.parametrize("lengths", [(6144, 6144), (3000, 0, 9000), (400, 7000)], ids=str)
 def test_long_pieces(lengths: tuple[int, ...], one_multiprocessor: EmulatedDevice) -> None:
     """A dozen steps and more in a piece; in the first two batches every warp gets one."""
@@ -839,6 +855,22 @@ def test_hard(name: str, group: int, one_multiprocessor: EmulatedDevice) -> None
     q = (u + 0.3 * queries(cache, group, dtype=F32)).to(BF16)
     check(cache, q)  # a few tokens a warp
     check(cache, q, times=12)  # hundreds
+
+
+def test_a_row_that_sees_nothing_while_sums_of_others_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All values are the same, so every row's result is, too; one row sees the last hundred of 128 000 tokens alone."""
+    tokens, x = 128_000, noise(128, seed=3).expand(64, 1, 128).contiguous()
+    monkeypatch.setattr(decode, "_WARPS", {1: 4, 2: 8})  # so each has a sequence
+    with emulated_device(1, largest_piece=4096), ops.backend("cuda"):
+        cache = empty_cache(PageLayout.of("k2v2", 128), (64,), heads=1)
+        fill(cache, 0, x, x)
+        long = replace(cache, table=cache.table[:1, :1].expand(4, tokens // 64), lengths=torch.full((4,), tokens))
+        mask = torch.ones(4, 4, tokens, dtype=torch.bool)
+        mask[:, 0, :-100] = False
+        q = queries(cache, 1, 4)
+        out, _ = attend(long, q.expand(4, -1, -1, -1), mask=mask, query_start=long.lengths)
+        want, _ = attend(cache, q, query_start=torch.tensor([64]))
+    assert ((out - want).float().norm(dim=-1) < 0.01 * want.float().norm(dim=-1)).all()
 
 
 @pytest.mark.parametrize("group", [4, 8])

@@ -8,6 +8,7 @@ graphs that were captured on the same stream must not be replayed at the same ti
 from __future__ import annotations
 
 import ctypes
+import threading
 from functools import lru_cache
 
 import numpy as np
@@ -28,6 +29,7 @@ _LOG2_E = 1.4426950408889634
 _WARPS = {1: 16, 2: 12}  # per CTA, by blocks of four query rows: as many as their registers allow
 _STAGES = {1: 2, 2: 3}  # at least, of a warp's ring
 _RING_BYTES = 128 * 1024  # of a CTA; with more in flight the SMs share the memory's bandwidth less evenly
+_FAR = 2**30  # tokens: more than any sequence has
 _LARGEST_PIECE = 4096  # steps up to which items are cut so that no warp changes from one to another, see decode.cu
 _PLACES = 3  # for partial results of a warp in scratch
 _SPLITS = 16  # of a sequence in batch-invariant mode
@@ -141,18 +143,30 @@ class _Scratch:
         self.places: dict[int, int] = {}
         self.floats: dict[int, torch.Tensor] = {}
         self.outgrown: list[torch.Tensor] = []
+        self.lock = threading.Lock()
 
     def of_stream(self, stream: int, floats: int) -> tuple[int, int]:
         """Addresses of the partials and the counters of a stream."""
-        place = self.places.setdefault(stream, len(self.places))
-        if place == _STREAMS:
-            raise RuntimeError(f"decode_attention runs on at most {_STREAMS} streams of a device in one process")
         partials = self.floats.get(stream)
         if partials is None or partials.numel() < floats:
-            if partials is not None:
-                self.outgrown.append(partials)  # a captured graph may write there
-            partials = self.floats[stream] = torch.empty(floats, dtype=torch.float32, device=self.counters.device)
+            with self.lock:
+                partials = self._grow(stream, floats)
+        place = self.places[stream]
         return partials.data_ptr(), self.counters.data_ptr() + 4 * _MAX_COUNTERS * place
+
+    def _grow(self, stream: int, floats: int) -> torch.Tensor:
+        """Partials of a stream, and counters if it is new."""
+        partials = self.floats.get(stream)
+        if partials is not None and partials.numel() >= floats:  # another thread was first
+            return partials
+        if stream not in self.places and len(self.places) == _STREAMS:
+            raise RuntimeError(f"decode_attention runs on at most {_STREAMS} streams of a device in one process")
+        if partials is not None:
+            self.outgrown.append(partials)  # a captured graph may write there
+        partials = torch.empty(floats, dtype=torch.float32, device=self.counters.device)
+        self.places.setdefault(stream, len(self.places))
+        self.floats[stream] = partials
+        return partials
 
 
 _scratch = lru_cache(maxsize=64)(_Scratch)
@@ -170,8 +184,10 @@ def decode_attention(
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.decode_attention`. Any number of query tokens is right, few are fast."""
+    if pages.data_ptr() % 16:
+        raise ShapeError("pages have to begin at a multiple of 16 bytes for the CUDA kernels; pass a tensor that does")
     if q.stride(3) != 1 or q.data_ptr() % 16 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
-        q = q.contiguous()
+        q = q.clone(memory_format=torch.contiguous_format)
     batch, num_queries, num_heads, _ = q.shape
     heads = pages.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -193,8 +209,8 @@ def decode_attention(
         pages=pages.data_ptr(), table=table.data_ptr(), q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(),
         q_stride_b=q.stride(0), q_stride_t=q.stride(1), q_stride_h=q.stride(2), page_stride=pages.stride(0),
         table_stride=table.stride(0), pages_per_sequence=table.shape[1], batch=batch, num_queries=num_queries,
-        heads=heads, group=num_heads // heads, row_blocks=-(-rows // (4 * blocks)), lag=options.lag,
-        window=options.window or 0, table_bytes=_reach(table), q_bytes=_reach(q),
+        heads=heads, group=num_heads // heads, row_blocks=-(-rows // (4 * blocks)), lag=min(options.lag, _FAR),
+        window=min(options.window or 0, _FAR), table_bytes=_reach(table), q_bytes=_reach(q),
         largest_piece=_LARGEST_PIECE, warps_inverse=-(-(2**64) // (scratch.sms * (threads // 32))),
         minus_one=0xFFFFFFFF, low_nibbles=0x0F0F0F0F, splits=_SPLITS, scale_log2=options.scale * _LOG2_E,
     )  # fmt: skip

@@ -53,3 +53,6 @@ struct Params { // what is needed first comes first: constants arrive by lines
     float softcap_log2;  // softcap * log2(e)
     float softcap_inv;   // 1 / (softcap * log2 e)
 };
+
+// The merged rows of an item lie behind a partial result, in a warp's part of shared memory.
+static_assert((PARTIAL + ROWS * D + 2 * ROWS) * 4 <= SLICE, "a warp's part of shared memory is too small");

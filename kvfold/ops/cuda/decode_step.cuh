@@ -78,8 +78,8 @@ __device__ __forceinline__ void move_references(State& S, int nb, const float (&
     const float drop = now - S.top[nb];
     float limit = S.limit[nb] * ex2(-drop);
     int shift = 0;
-    if (fresh || limit < 1e-30f) { // nothing was summed, or nothing that is left
-        limit = fminf(most * headroom, 3e38f);
+    if (fresh || drop > 100.f || limit < 2e-34f) { // nothing was summed, or nothing that is left
+        limit = most > 0.f ? fminf(fmaxf(most * headroom, 2e-34f), 3e38f) : 0.f; // its reciprocal is finite
         shift = 31;
     } else {
         if (most > limit) shift += (int)ceilf(lg2(most) - lg2(limit)) + 2;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void relieve(State& S) {
             for (int c = 0; c < 4; c++) large = max(large, abs(S.acc[nb][j][c]));
         if (__reduce_max_sync(~0u, large) <= 1 << 29) continue;
         S.limit[nb] = fminf(S.limit[nb] * 8.f, 3e38f);
-        S.factor[nb] = __fdividef(65534.f, S.limit[nb]);
+        S.factor[nb] = S.limit[nb] > 0.f ? __fdividef(65534.f, S.limit[nb]) : 0.f; // a row may have seen nothing yet
         lower(S, nb, 3);
     }
 }

@@ -77,7 +77,12 @@ __device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& so
             const int step = c.item.z + c.step + mine - done;
             const int page = step * STEP_TOKENS / PAGE + (PAGE == 16 ? lane & 1 : 0);
             source = 0;
-            if (PAGE > 16 || page < P.pages_per_sequence) {
+            bool there = true; // of two pages in a step one may lie before or behind what is seen, and be anything
+            if (PAGE == 16) {
+                const Sight s = sight(P, c.item.x);
+                there = page * 16 < s.length && (page + 1) * 16 > visible_from(P, s, 0);
+            }
+            if (there) {
                 source = (u64)P.pages + (u64)(u32)P.table[(i64)c.item.x * P.table_stride + page] * P.page_stride;
                 source += head_of(P, c.item.y) * (PAGE / 16 * TILE_BYTES) + (PAGE == 64 ? (step & 1) * STEP_BYTES : 0);
             }
