@@ -16,7 +16,6 @@
 #define THREADS (32 * WARPS)
 #define ROWS (4 * NB)
 #define PARTIAL (NB * 18 * 32) // floats of a partial result: 16 outputs, reference and sum of a lane's row, 32 lanes
-#define Q_BYTES (ROWS * 256 + ROWS * 8) // a rotated query block
 #define SLOTS (FIXED ? 1 : 2) // partial results of a CTA
 #define PLACES 3 // of a warp in scratch
 #define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
