@@ -25,7 +25,7 @@ from emulator.ptx import UnknownInstructionError, translate
 from ops_cases import Cache, State, decode_records, empty_cache, expected, fill, make_cache, noise, sees
 
 from kvfold import ops
-from kvfold.errors import FormatError
+from kvfold.errors import FormatError, ShapeError
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import decode, dense, expand, prefill, runtime, store
 from kvfold.ops.options import AttentionOptions
@@ -707,6 +707,22 @@ def test_entries_of_unseen_pages_may_be_anything(
         q, cache.pages, table, cache.lengths, cache.layout, AttentionOptions(128**-0.5, window=window)
     )
     compare(got, truth(cache, q, window=window) if window else truth(cache, q))
+
+
+def test_pages_at_odd_addresses_are_refused(device: EmulatedDevice) -> None:
+    """The copies that read them need 16 bytes; queries anywhere are copied."""
+    cache, q = stored((40,)), noise(1, 1, 8, 128).to(BF16)
+    odd = torch.empty(cache.pages.numel() + 1, dtype=torch.uint8)[1:].view(cache.pages.shape).copy_(cache.pages)
+    with pytest.raises(ShapeError, match="pages have to begin at a multiple of 16 bytes"):
+        attend(replace(cache, pages=odd), q)
+    k = v = noise(80, 2, 128).to(BF16)
+    with pytest.raises(ShapeError, match="pages have to begin at a multiple of 16 bytes"):
+        ops.prefill_attention(
+            noise(80, 8, 128).to(BF16), odd, cache.table, cache.lengths, torch.tensor([0, 80]), cache.layout, scale=0.1,
+            k=k, v=v,
+        )  # fmt: skip
+    odd_q = torch.empty(q.numel() + 1, dtype=BF16)[1:].view(q.shape).copy_(q)
+    assert same(attend(cache, odd_q), attend(cache, q))
 
 
 @pytest.mark.parametrize("lengths", [(6144, 6144), (3000, 0, 9000), (400, 7000)], ids=str)
