@@ -20,7 +20,6 @@ import torch
 from numpy.typing import NDArray
 
 _SEED = 42
-_FEW_ROWS = 4  # fewer than this take another path in MKL, with other roundings (measured with torch 2.13)
 
 
 def _hadamard(order: int) -> NDArray[np.float64]:
@@ -44,29 +43,31 @@ def rotation_matrix(head_size: int) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=256)
-def _rotation_tensor(head_size: int, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(rotation_matrix(head_size)).to(device=device, dtype=torch.float32)
+def _rotation_tensor(head_size: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(rotation_matrix(head_size)).to(device=device, dtype=dtype)
 
 
 def rotation(head_size: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """R as float32 on ``device``, made once per device. Read only: it is shared."""
-    return _rotation_tensor(head_size, torch.device(device))
+    return _rotation_tensor(head_size, torch.device(device), torch.float32)
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Rotate the last dimension: ``[..., d]`` of any dtype to float32."""
-    return _apply(x, rotation(x.shape[-1], x.device).T)
+    return _apply(x, inverse=False)
 
 
 def unrotate(y: torch.Tensor) -> torch.Tensor:
     """Undo :func:`rotate`: ``[..., d]`` of any dtype to float32."""
-    return _apply(y, rotation(y.shape[-1], y.device))
+    return _apply(y, inverse=True)
 
 
-def _apply(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """``x @ matrix``, each row to the same bits however many there are."""
-    rows = x.reshape(-1, x.shape[-1]).float()
-    count = rows.shape[0]
-    if rows.device.type == "cpu" and 0 < count < _FEW_ROWS:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, _FEW_ROWS - count))
-    return (rows @ matrix)[:count].view(*x.shape[:-1], matrix.shape[1])
+def _apply(x: torch.Tensor, inverse: bool) -> torch.Tensor:
+    """``x @ R.T``, or ``x @ R``.
+
+    On a CPU in float64, rounded afterwards: a BLAS sums in an order that depends on the number of rows and on the
+    processor, and a token's bytes may depend on neither.
+    """
+    dtype = torch.float64 if x.device.type == "cpu" else torch.float32
+    matrix = _rotation_tensor(x.shape[-1], x.device, dtype)
+    return (x.to(dtype) @ (matrix if inverse else matrix.T)).float()
