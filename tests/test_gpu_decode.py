@@ -541,8 +541,10 @@ def test_auto_chooses_the_cuda_kernels_for_what_they_serve() -> None:
 # --- with the store ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ready", [False, True], ids=["", "ready"])
+@pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_decode_sees_what_the_store_before_it_wrote(graph: bool) -> None:
+def test_decode_sees_what_the_store_before_it_wrote(graph: bool, invariant: bool, ready: bool) -> None:
     """Both kernels start before the one ahead of them has ended; thirty layers write and read the same pages."""
     layers, cache = 30, stored((500,) * 8, heads=8)
     q = queries(cache)
@@ -556,7 +558,7 @@ def test_decode_sees_what_the_store_before_it_wrote(graph: bool) -> None:
             ops.store_kv(k[layer], v[layer], cache.pages, slots, cache.layout)
             if wait:
                 torch.cuda.synchronize()
-            outs.append(attend(cache, q)[0])
+            outs.append(attend(cache, q, batch_invariant=invariant, inputs_ready=ready)[0])
             if wait:
                 torch.cuda.synchronize()
         return outs

@@ -26,6 +26,7 @@ def decode_arguments(**changes: Any) -> tuple[Any, ...]:
         "format": NAME.format, "head_size_v": 64, "page_size": 16, "scale": 0.2, "first": None, "query_start": None,
         "lag": 0, "window": None, "softcap": None, "mask": None,
         "batch_invariant": False,
+        "inputs_ready": False,
     }  # fmt: skip
     return tuple((arguments | changes).values())
 
@@ -145,7 +146,7 @@ def test_eager_calls_are_the_plain_functions(backend: str) -> None:
     q = noise(2, 3, 4, 32)
     options: dict[str, Any] = {
         "scale": 0.2, "first": torch.tensor([1, 0]), "query_start": torch.tensor([17, 5]), "lag": 1, "window": 9,
-        "softcap": 3.0, "mask": torch.rand(2, 3, 20) < 0.7, "batch_invariant": False,
+        "softcap": 3.0, "mask": torch.rand(2, 3, 20) < 0.7, "batch_invariant": False, "inputs_ready": False,
     }  # fmt: skip
     plain = ops.decode_attention(q, cache.pages, cache.table, cache.lengths, NAME.layout(), **options)
     eager = library.decode_attention(q, cache.pages, cache.table, cache.lengths, NAME, AttentionOptions(**options))

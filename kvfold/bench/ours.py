@@ -74,9 +74,11 @@ def _decode(case: DecodeCase, setting: Setting, fmt: KVFormat, backend: str) -> 
 
     def call(table: torch.Tensor) -> object:
         with ops.backend(backend):
-            return ops.decode_attention(q, pages, table, seq_lens, layout, scale=case.head_size**-0.5)
+            return ops.decode_attention(
+                q, pages, table, seq_lens, layout, scale=case.head_size**-0.5, inputs_ready=True
+            )
 
-    return Kernel([partial(call, table) for table in tables], call_bytes)
+    return Kernel([partial(call, table) for table in tables], call_bytes, "inputs_ready" if backend == "cuda" else "")
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,7 @@ def decode_attention(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     batch_invariant: bool = False,
+    inputs_ready: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a few query tokens per sequence to packed pages.
 
@@ -202,6 +203,10 @@ def decode_attention(
         mask: bool ``[B, Tq, >= max(seq_lens)]``.
         batch_invariant: Whether the bits of a sequence's result may not depend on what else is in the batch. On a GPU
             that costs speed, as work is dealt out by sequence; the CPU's implementations always are.
+        inputs_ready: The caller's promise that all tensors but the pages were complete before the kernel that precedes
+            this call on its stream began, as they are where that is :func:`store_kv`'s. The CUDA kernel then reads
+            them, and deals out the work, while that kernel still runs; others take no notice. A broken promise reads
+            old values.
 
     Returns:
         out ``[B, Tq, Hq, dv]`` in q's dtype and the model's basis, and the scores' log-sum-exp ``[B, Hq, Tq]`` in
@@ -226,7 +231,7 @@ def decode_attention(
             batch, q.shape[2], q.shape[1], dtype=torch.float32
         )
     _check_pages_read(pages, block_table, seq_lens, layout, mask)
-    options = AttentionOptions(scale, first, query_start, lag, window, softcap, mask, batch_invariant)
+    options = AttentionOptions(scale, first, query_start, lag, window, softcap, mask, batch_invariant, inputs_ready)
     out, lse = choose(pages.device, layout).decode_attention(q, pages, block_table, seq_lens, layout, options)
     return out, lse
 

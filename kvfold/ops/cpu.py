@@ -144,7 +144,7 @@ def decode_attention(
     batch, num_queries, num_heads, _ = q.shape
     if not _compiled(layout) or num_queries > MAX_QUERIES:
         return reference.decode_attention(q, pages, block_table, seq_lens, layout, options, load_range)
-    scale, first, query_start, lag, window, softcap, mask, _ = options  # the splits are fixed already
+    scale, first, query_start, lag, window, softcap, mask, *_ = options  # the splits are fixed already
     heads, group = pages.shape[1], num_heads // pages.shape[1]
     rotated = rotate(q) if layout.format.k.rotated else q.float()
     queries = (

@@ -44,11 +44,12 @@ def _decode_attention(
     softcap: float | None,
     mask: torch.Tensor | None,
     batch_invariant: bool,
+    inputs_ready: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     layout = PageLayout.of(format, q.shape[-1], head_size_v, page_size)
     out, lse = ops.decode_attention(
         q, pages, block_table, seq_lens, layout, scale=scale, first=first, query_start=query_start, lag=lag,
-        window=window, softcap=softcap, mask=mask, batch_invariant=batch_invariant,
+        window=window, softcap=softcap, mask=mask, batch_invariant=batch_invariant, inputs_ready=inputs_ready,
     )  # fmt: skip
     return out.contiguous(), lse.contiguous()
 

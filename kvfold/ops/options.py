@@ -18,3 +18,4 @@ class AttentionOptions(NamedTuple):
     softcap: float | None = None
     mask: torch.Tensor | None = None
     batch_invariant: bool = False
+    inputs_ready: bool = False

@@ -202,7 +202,7 @@ def exact_attention(
     options: AttentionOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.exact_attention`. Reads nothing on the host, so that it traces and captures."""
-    scale, first, query_start, _, window, softcap, mask, _ = options
+    scale, first, query_start, _, window, softcap, mask, *_ = options
     assert query_start is not None
     batch, num_queries, num_heads, _ = q.shape
     length, heads = k.shape[1:3]

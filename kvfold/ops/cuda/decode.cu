@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     if (threadIdx.x < 2) pending[threadIdx.x] = 0;
     const Lane L = lane_constants(P, lane);
-    wait_for_predecessors();
+    if (!P.ready) wait_for_predecessors();
 
     // who does what: so many steps of the line of all steps, from this step of this item on
     int4 item = make_int4(0, 0, 0, 0);
@@ -58,12 +58,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     int first_warp = 0, last_warp = 0; // of the grid that have to do with the item
     bool idle = false;
 #if FIXED
+    bool empty; // whether this CTA writes the result of a sequence that sees nothing
     item.x = P.begin + blockIdx.z, item.y = blockIdx.y;
     {
         const Span all = span(P, item.x);
         const int total = all.count, size = max((total + P.splits - 1) / P.splits, WARPS);
         const int ctas = (total + size - 1) / size;
-        if (total == 0 && blockIdx.x == 0 && blockIdx.y == 0) write_nothing(P, item.x);
+        empty = total == 0 && blockIdx.x == 0 && blockIdx.y == 0;
         idle = blockIdx.x >= ctas;
         const int low = blockIdx.x * size, high = min(low + size, total);
         const int active = max(min(high - low, WARPS), 1);
@@ -132,7 +133,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
 #endif
     if (idle) {
-#if !FIXED
+        if (P.ready) wait_for_predecessors();
+#if FIXED
+        if (empty) write_nothing(P, item.x);
+#else
         for (int b = blockIdx.x; b < P.batch; b += gridDim.x)
             if (span(P, b).count == 0) write_nothing(P, b);
 #endif
@@ -179,6 +183,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         for (int r = 0; r < ROWS; r++) words |= bits_of(raw[r]);
     }
     __syncthreads_or(words == 1);
+    if (P.ready) wait_for_predecessors(); // the pages, and whoever still reads what will be written
     if (copies) fetch(ring);
     { // neighbouring warps that begin with the same item share the work of rotating q
         const int4 other = reading[lane % WARPS];

@@ -55,6 +55,7 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("batch", "num_queries", "heads", "row_blocks", "group")),
         *((name, ctypes.c_int32) for name in ("lag", "window", "wide")),
         ("largest_piece", ctypes.c_uint32),
+        ("ready", ctypes.c_int32),
         ("warps_inverse", ctypes.c_uint64),
         *((name, ctypes.c_void_p) for name in ("table", "q", "pages")),
         ("page_stride", ctypes.c_uint32),
@@ -186,6 +187,7 @@ def decode_attention(
     """See :func:`kvfold.ops.decode_attention`. Any number of query tokens is right, few are fast."""
     if pages.data_ptr() % 16:
         raise ShapeError("pages have to begin at a multiple of 16 bytes for the CUDA kernels; pass a tensor that does")
+    given = (q, block_table, seq_lens, options.first, options.query_start, options.mask)
     if q.stride(3) != 1 or q.data_ptr() % 16 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
         q = q.clone(memory_format=torch.contiguous_format)
     batch, num_queries, num_heads, _ = q.shape
@@ -214,14 +216,14 @@ def decode_attention(
         largest_piece=_LARGEST_PIECE, warps_inverse=-(-(2**64) // (scratch.sms * (threads // 32))),
         minus_one=0xFFFFFFFF, low_nibbles=0x0F0F0F0F, splits=_SPLITS, scale_log2=options.scale * _LOG2_E,
     )  # fmt: skip
-    kept = []  # alive until the launch is queued
+    read = [q, table]  # alive until the launch is queued
     for bit, (name, positions) in enumerate(
         (("seq_lens", seq_lens), ("first", options.first), ("query_start", options.query_start))
     ):
+        if positions is not None and positions.stride(0) != 1:
+            positions = positions.contiguous()
+        read.append(positions)
         if positions is not None:
-            if positions.stride(0) != 1:
-                positions = positions.contiguous()
-            kept.append(positions)
             setattr(params, name, positions.data_ptr())
             params.wide |= (positions.dtype == torch.int64) << bit
     if mask is not None:
@@ -229,6 +231,8 @@ def decode_attention(
     if options.softcap is not None:
         params.softcap_log2 = options.softcap * _LOG2_E
         params.softcap_inv = 1 / params.softcap_log2
+    # a copy made here is what the kernel ahead writes
+    params.ready = options.inputs_ready and all(a is b for a, b in zip(given, (*read, mask), strict=True))
     stream = torch.cuda.current_stream(q.device).cuda_stream
     if not options.batch_invariant:
         places = scratch.sms * (2 + _PLACES * threads // 32)

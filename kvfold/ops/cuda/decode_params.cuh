@@ -32,6 +32,7 @@ struct Params { // what is needed first comes first: constants arrive by lines
     int lag, window; // window 0: none
     int wide;        // bit 0: seq_lens is int64, bit 1: first, bit 2: query_start
     u32 largest_piece; // of an item, see deal()
+    int ready;         // whether all but the pages may be read before the kernels ahead have ended
     u64 warps_inverse; // 2^64 over the number of warps, rounded up
     const int* table;
     const void* q;
