@@ -71,6 +71,10 @@ FAULTS = {
         "if (threadIdx.x == 0) { init(address(shared)); copy(address(shared + 16), (u64)x, 16, address(shared)); }",
         "under way",
     ),
+    "an mbarrier that is overwritten": (
+        "if (threadIdx.x == 0) init(address(shared)), shared[7] = 0;",
+        "not been invalidated",
+    ),
     "a copy that is not aligned": (
         "if (threadIdx.x == 0) { init(address(shared)); copy(address(shared + 8), (u64)x, 16, address(shared)); }",
         "not aligned",

@@ -87,7 +87,9 @@ def check(
             want = torch.einsum("gtn,nd->tgd", torch.softmax(scores, -1), values[:, head])
             error = (out[rows, queries].double() - want).norm() / want.norm()
             assert error <= TOLERANCE[dtype], (b, head)
-            assert (lse[queries, rows] - torch.logsumexp(scores, -1)).abs().max() < 5e-3, (b, head)
+            # float16 rounds q and K: an error of each score that grows with both
+            near = 3e-3 + 1e-4 * q[rows, queries].double().norm(dim=-1).T * keys[:, head].norm(dim=-1).max() * 128**-0.5
+            assert ((lse[queries, rows] - torch.logsumexp(scores, -1)).abs() < near).all(), (b, head)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["exact", "packed"])

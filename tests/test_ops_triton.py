@@ -310,8 +310,8 @@ def test_the_portable_look_up_gives_the_same_levels(monkeypatch: pytest.MonkeyPa
     plain = sides.packed
     monkeypatch.setattr(sides, "packed", lambda layout, is_value: plain(layout, is_value)._replace(unpack=()))
     results.append(check_decode(cache, q))
-    for x, y in zip(*results, strict=True):
-        assert torch.equal(x, y)
+    for x, y in zip(*results, strict=True):  # compiled, both may add in different orders
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
 # --- prefill ----------------------------------------------------------------------------------------------------------

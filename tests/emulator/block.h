@@ -72,6 +72,7 @@ struct Copy {
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
 static std::vector<Copy> copies;
+static std::vector<std::pair<uint32_t, int>> barriers;  // where mbarriers are, and their counts
 static jmp_buf scheduler;
 static Fiber* current;
 static void (*body)(void*);
@@ -197,6 +198,24 @@ static Mbarrier& mbarrier(uint32_t address, bool fresh = false) {
     return barrier;
 }
 
+static void invalidate(uint32_t address) {
+    mbarrier(address).magic = 0;
+    for (size_t n = 0; n < barriers.size(); n++)
+        if (barriers[n].first == address) {
+            barriers.erase(barriers.begin() + n);
+            return;
+        }
+}
+
+// A GPU may write an mbarrier back at any time until it is invalidated, so nothing else may have been written there.
+static void check_barriers() {
+    for (auto [address, count] : barriers) {
+        const Mbarrier& barrier = mbarrier(address, true);
+        if (barrier.magic != MAGIC || barrier.expected != count || barrier.pending > count || barrier.phase > 1)
+            fail("the mbarrier at 0x%x is overwritten and has not been invalidated", address);
+    }
+}
+
 static void complete_phase(Mbarrier& barrier) {
     if (barrier.pending || barrier.bytes) return;
     barrier.phase ^= 1;
@@ -245,6 +264,7 @@ static void begin_block() {
     if (static_bytes()) memset(__start_kvfold_shared, POISON, static_bytes());
     for (Warp& warp : warps) warp.arrived = 0;
     copies.clear();
+    barriers.clear();
     block_arrived = 0;
     alive = threads;
     for (unsigned n = 0; n < threads; n++) {
@@ -255,6 +275,7 @@ static void begin_block() {
 }
 
 static void end_block() {
+    check_barriers();
     if (!copies.empty()) fail("the block ends while %zu copies into it are under way", copies.size());
     for (size_t n = 0; n < GUARD; n++)
         if (dynamic_shared[dynamic_bytes + n] != POISON) fail("byte %zu past the dynamic shared memory was written", n);

@@ -195,7 +195,9 @@ inline void fence_mbarrier_init_release_cluster() {}
 
 inline void mbarrier_init_shared__cta_b64(u32 barrier, int count) {
     host::mbarrier(barrier, true) = {0, (uint8_t)count, (uint8_t)count, 0, host::MAGIC};
+    host::barriers.push_back({barrier, count});
 }
+inline void mbarrier_inval_shared__cta_b64(u32 barrier) { host::invalidate(barrier); }
 inline void mbarrier_arrive_expect_tx_shared__cta_b64(u32 barrier, u32 bytes) {
     host::Mbarrier& it = host::mbarrier(barrier);
     if (!it.pending) host::fail("the mbarrier at 0x%x is arrived at more often than it was initialised for", barrier);

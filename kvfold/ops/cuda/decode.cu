@@ -205,6 +205,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #pragma unroll 1
     for (int s = 1; s < STAGES && s < copies; s++) fetch(ring + s * SLOT_BYTES);
 
+    auto release_ring = [&]() { // its memory is for results from now on
+        __syncwarp();
+        if (lane < STAGES) barrier_invalidate(ring + lane * SLOT_BYTES + STEP_BYTES);
+        __syncwarp();
+    };
+    if (!copies) release_ring();
+
     State S;
     u32 slot = ring;
     const u32 ring_end = pin(ring + STAGES * SLOT_BYTES, lane);
@@ -247,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         }
         left -= steps;
         item = reading[warp];
+        if (!left) release_ring();
 #if FIXED
         save(S, (float*)slice, lane);
 #else
@@ -370,10 +378,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         const float* const begins = P.scratch + (i64)from * SLOTS * PARTIAL;
         const Chain all = {begins + (SLOTS - 1) * PARTIAL, begins + (i64)(count - 1) * SLOTS * PARTIAL, begins, SLOTS * PARTIAL, count};
         const int used = min(shares, count);
-        if (share < used) merge(all, share, shares, (float*)(shared + share * SLICE), false, quad, lane);
+        if (count > 4 && share < used) merge(all, share, shares, (float*)(shared + share * SLICE), false, quad, lane);
         __syncthreads();
         const Chain rest = {(float*)shared, (float*)(shared + (used - 1) * SLICE), (float*)shared, SLICE / 4, used};
-        if (share == 0) merge(rest, 0, 1, (float*)shared + PARTIAL, true, quad, lane);
+        if (share == 0) merge(count > 4 ? rest : all, 0, 1, (float*)shared + PARTIAL, true, quad, lane);
         __syncthreads();
         if (warp < ROWS) finish(P, (float*)shared + PARTIAL, its.x, its.y, warp, lane);
         __syncthreads();
