@@ -766,6 +766,18 @@ def test_the_order_of_blocks_threads_and_copies_changes_no_bit(
         assert not decode._scratch(None).counters.any()
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_inputs_that_are_ready_change_no_bit(invariant: bool, page_size: int, device: EmulatedDevice) -> None:
+    cache = stored((900, 1, 0, 64, 333, 40), page_size=page_size)
+    q = queries(cache)
+    want = attend(cache, q, batch_invariant=invariant)
+    assert same(attend(cache, q, batch_invariant=invariant, inputs_ready=True), want)
+    # these are copied first, by a kernel that is ahead then
+    strided = q.transpose(1, 3).contiguous().transpose(1, 3)
+    assert same(attend(cache, strided, batch_invariant=invariant, inputs_ready=True), want)
+
+
 @pytest.mark.parametrize("group", [4, 8])
 def test_batch_invariance(group: int, device: EmulatedDevice) -> None:
     cache = stored((300, 0, 1200, 1, 31, 700), heads=1)

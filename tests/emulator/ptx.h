@@ -191,6 +191,9 @@ inline void atom_add_acq_rel_gpu_global_u32(u32& d, u32* at, u32 x) { d = *at, *
 inline void griddepcontrol_wait() {}  // kernels run one after the other
 inline void griddepcontrol_launch_dependents() {}
 inline void prefetch_global_L2(const void*) {}
+inline void cp_async_bulk_prefetch_L2_global(u64 from, u32 bytes) {
+    if (bytes % 16 || from % 16) host::fail("a prefetch of %u bytes from 0x%llx: both have to be multiples of 16", bytes, (unsigned long long)from);
+}
 inline void fence_mbarrier_init_release_cluster() {}
 
 inline void mbarrier_init_shared__cta_b64(u32 barrier, int count) {

@@ -183,18 +183,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         for (int r = 0; r < ROWS; r++) words |= bits_of(raw[r]);
     }
     __syncthreads_or(words == 1);
-    if (P.ready) wait_for_predecessors(); // the pages, and whoever still reads what will be written
-    if (copies) fetch(ring);
+    int filled = 0; // stages
+    if (P.ready) {
+        // While the kernels ahead end, the memory has little to do: it brings the first pages to L2, where they may still be
+        // written.
+        if (lane / COPIES < min(copies, AHEAD) && source) prefetch_bulk(source, STEP_BYTES / COPIES);
+    } else if (copies) {
+        fetch(ring), filled = 1; // more would keep other CTAs' queries waiting
+    }
     { // neighbouring warps that begin with the same item share the work of rotating q
         const int4 other = reading[lane % WARPS];
         const u32 group = __ballot_sync(~0u, lane < WARPS && busy[lane % WARPS] && other.x == item.x && other.y == item.y);
         const int leader = __ffs(group) - 1;
         u8* const shared_query = shared + leader * SLICE + STAGES * SLOT_BYTES;
         if (copies) rotate_rows(P, raw, shared_query, warp - leader, __popc(group), lane);
-#if !FIXED
-        for (int b = blockIdx.x; b < P.batch; b += gridDim.x)
-            if (span(P, b).count == 0) write_nothing(P, b);
-#endif
         __syncthreads();
         if (copies) load_query(Q, shared_query, lane);
 #if !FIXED
@@ -202,8 +204,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #endif
     }
 
+    if (P.ready) wait_for_predecessors(); // the pages, and whoever still reads what will be written
 #pragma unroll 1
-    for (int s = 1; s < STAGES && s < copies; s++) fetch(ring + s * SLOT_BYTES);
+    for (; filled < STAGES && filled < copies; filled++) fetch(ring + filled * SLOT_BYTES);
+#if !FIXED
+    for (int b = blockIdx.x; b < P.batch; b += gridDim.x)
+        if (span(P, b).count == 0) write_nothing(P, b);
+#endif
 
     auto release_ring = [&]() { // its memory is for results from now on
         __syncwarp();

@@ -18,6 +18,7 @@
 #define PARTIAL (NB * 18 * 32) // floats of a partial result: 16 outputs, reference and sum of a lane's row, 32 lanes
 #define SLOTS (FIXED ? 1 : 2) // partial results of a CTA
 #define PLACES 3 // of a warp in scratch
+#define AHEAD 2 // steps of a warp that are brought to L2 while the kernels ahead end
 #define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
 #define SLACK 32 // pieces may be longer than equal stretches by one part in so many
 #define LONG_PIECE 12 // steps

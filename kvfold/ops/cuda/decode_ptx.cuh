@@ -87,6 +87,9 @@ __device__ __forceinline__ void bulk_copy(u32 to, u64 from, u32 bytes, u32 bar) 
         "l"(from), "r"(bytes), "r"(bar)
         : "memory");
 }
+__device__ __forceinline__ void prefetch_bulk(u64 from, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
     asm volatile(
         "{\n.reg .pred P;\nWAIT:\nmbarrier.try_wait.parity.shared::cta.b64 P, [%0], %1;\n@P bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(
