@@ -776,6 +776,10 @@ def test_inputs_that_are_ready_change_no_bit(invariant: bool, page_size: int, de
     # these are copied first, by a kernel that is ahead then
     strided = q.transpose(1, 3).contiguous().transpose(1, 3)
     assert same(attend(cache, strided, batch_invariant=invariant, inputs_ready=True), want)
+    given = torch.full_like(q, torch.nan)
+    got = attend(cache, q, batch_invariant=invariant, out=given)
+    assert got[0] is given
+    assert same(got, want)
 
 
 @pytest.mark.parametrize("group", [4, 8])

@@ -63,9 +63,11 @@ def check(
     k, v = ((random(total, heads, 128) * size).to(dtype) for size in sizes[1:])
     bounds = torch.tensor([0, *chunks]).cumsum(0).int().to(DEVICE)
     own = {} if packed else {"k": k, "v": v}
+    given = torch.full_like(q, torch.nan)
     out, lse = ops.prefill_attention(
-        q, cache.pages, cache.table, cache.lengths, bounds, cache.layout, scale=128**-0.5, **own
+        q, cache.pages, cache.table, cache.lengths, bounds, cache.layout, scale=128**-0.5, out=given, **own
     )
+    assert out is given
     begin = 0
     for b, (context, count) in enumerate(zip(contexts, chunks, strict=True)):
         rows = slice(begin, begin + count)

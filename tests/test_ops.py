@@ -30,7 +30,7 @@ from ops_cases import (
 )
 
 from kvfold import ops
-from kvfold.errors import FormatError
+from kvfold.errors import FormatError, ShapeError
 from kvfold.formats import PAGE_SIZES
 from kvfold.layout import PageLayout
 from kvfold.ops import cpu_kernels, reference
@@ -331,6 +331,28 @@ def test_strides_and_integer_types_of_the_arguments_do_not_matter(backend: str) 
         torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-6)
 
 
+def test_results_are_written_where_the_caller_wants_them(backend: str) -> None:
+    cache = make_cache(PageLayout.of("k4v3", 64, page_size=16), (40, 7))
+    arguments = (cache.pages, cache.table, cache.lengths)
+    q, bounds = noise(2, 3, 4, 64), torch.tensor([0, 4, 6])
+    calls: list[tuple[torch.Tensor, Callable[..., tuple[torch.Tensor, torch.Tensor]]]] = [
+        (q, lambda **own: ops.decode_attention(q, *arguments, cache.layout, scale=0.1, **own)),
+        (q.flatten(0, 1), lambda **own: ops.prefill_attention(
+            q.flatten(0, 1), *arguments, bounds, cache.layout, scale=0.1, **own
+        )),
+    ]  # fmt: skip
+    for like, call in calls:
+        out = torch.full_like(like, torch.nan)
+        got, lse = call(out=out)
+        want, want_lse = call()
+        assert got is out
+        assert torch.equal(got, want)
+        assert torch.equal(lse, want_lse)
+        for wrong in (like.double(), like[:-1], like.mT.contiguous().mT):
+            with pytest.raises(ShapeError, match="out is a contiguous"):
+                call(out=wrong)
+
+
 @pytest.mark.parametrize("fill_byte", [0x00, 0x7F, 0xFF])
 @pytest.mark.parametrize("spec", FORMATS)
 def test_bytes_that_nobody_wrote_do_not_leak(spec: str, fill_byte: int, backend: str) -> None:
@@ -610,7 +632,7 @@ import logging, sys
 sys.modules["numba"] = None
 import torch
 from kvfold import ops
-from kvfold.errors import FormatError
+from kvfold.errors import FormatError, ShapeError
 from kvfold.layout import PageLayout
 
 messages = []

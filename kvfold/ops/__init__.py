@@ -184,6 +184,7 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     batch_invariant: bool = False,
     inputs_ready: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a few query tokens per sequence to packed pages.
 
@@ -207,6 +208,7 @@ def decode_attention(
             this call on its stream began, as they are where that is :func:`store_kv`'s. The CUDA kernel then reads
             them, and deals out the work, while that kernel still runs; others take no notice. A broken promise reads
             old values.
+        out: Where the result is to be written: ``[B, Tq, Hq, dv]`` of q's dtype, contiguous. It is returned then.
 
     Returns:
         out ``[B, Tq, Hq, dv]`` in q's dtype and the model's basis, and the scores' log-sum-exp ``[B, Hq, Tq]`` in
@@ -226,14 +228,19 @@ def decode_attention(
             _check_integer(name, positions, (batch,), pages.device)
     _check_mask(mask, (batch, q.shape[1]), pages.device)
     _check_options(window, softcap)
+    _check_out(out, q, layout)
     if not (batch and q.shape[1]):
-        return q.new_empty(*q.shape[:3], layout.head_size_v), q.new_empty(
+        return q.new_empty(*q.shape[:3], layout.head_size_v) if out is None else out, q.new_empty(
             batch, q.shape[2], q.shape[1], dtype=torch.float32
         )
     _check_pages_read(pages, block_table, seq_lens, layout, mask)
     options = AttentionOptions(scale, first, query_start, lag, window, softcap, mask, batch_invariant, inputs_ready)
-    out, lse = choose(pages.device, layout).decode_attention(q, pages, block_table, seq_lens, layout, options)
-    return out, lse
+    implementation = choose(pages.device, layout)
+    if out is not None and implementation.WRITES_OUT:
+        _, lse = implementation.decode_attention(q, pages, block_table, seq_lens, layout, options, out=out)
+        return out, lse
+    result, lse = implementation.decode_attention(q, pages, block_table, seq_lens, layout, options)
+    return result if out is None else out.copy_(result), lse
 
 
 def exact_attention(
@@ -292,6 +299,7 @@ def prefill_attention(
     window: int | None = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of a varlen batch of chunks, each to its sequence's packed prefix and to itself.
 
@@ -306,6 +314,7 @@ def prefill_attention(
         k: ``[T, H, dk]`` or None. v: ``[T, H, dv]`` or None.
         window, softcap: As in :func:`decode_attention`.
         mask: bool ``[B, longest chunk, >= tokens]``, by position.
+        out: Where the result is to be written: ``[T, Hq, dv]`` of q's dtype, contiguous. It is returned then.
 
     Returns:
         out ``[T, Hq, dv]`` and log-sum-exp ``[Hq, T]``.
@@ -326,11 +335,15 @@ def prefill_attention(
     _check_mask(mask, (batch, None), pages.device)
     _check_pages_read(pages, block_table, context_lens, layout, mask)
     _check_chunks(cu_seqlens, context_lens, q.shape[0], k is None, mask)
+    _check_out(out, q, layout)
     options = AttentionOptions(scale, window=window, softcap=softcap, mask=mask)
-    out, lse = choose(pages.device, layout).prefill_attention(
-        q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v
-    )
-    return out, lse
+    implementation = choose(pages.device, layout)
+    arguments = (q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v)
+    if out is not None and implementation.WRITES_OUT:
+        _, lse = implementation.prefill_attention(*arguments, out=out)
+        return out, lse
+    result, lse = implementation.prefill_attention(*arguments)
+    return result if out is None else out.copy_(result), lse
 
 
 def _describe(tensor: torch.Tensor) -> str:
@@ -428,6 +441,16 @@ def _check_chunks(
             raise ShapeError(
                 f"mask is [B, longest chunk, tokens], at least [..., {longest}, {reach}], not {_describe(mask)}"
             )
+
+
+def _check_out(out: torch.Tensor | None, q: torch.Tensor, layout: PageLayout) -> None:
+    if out is None:
+        return
+    shape = (*q.shape[:-1], layout.head_size_v)
+    if out.shape != shape or out.dtype != q.dtype or out.device != q.device or not out.is_contiguous():
+        raise ShapeError(f"out is a contiguous {q.dtype} tensor {list(shape)} on {q.device}, not {_describe(out)}")
+    if out.data_ptr() % 16 and out.device.type != "cpu":
+        raise ShapeError("out has to begin at a multiple of 16 bytes; pass a tensor that does")
 
 
 def _check_options(window: int | None, softcap: float | None) -> None:

@@ -23,6 +23,8 @@ from kvfold.ops import cpu_threads, reference
 from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate, unrotate
 
+WRITES_OUT = False
+
 MAX_QUERIES = 16
 """More query tokens than this go through windows and matrix products instead."""
 

@@ -17,6 +17,8 @@ from kvfold.layout import PageLayout
 from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate, unrotate
 
+WRITES_OUT = False
+
 WINDOW_BYTES = 64 * 2**20
 """Largest de-quantised window of a prefix, in bytes of float32."""
 

@@ -14,4 +14,7 @@ from kvfold.ops.cuda.runtime import available
 from kvfold.ops.cuda.store import store_kv
 from kvfold.ops.reference import load_kv
 
-__all__ = ["available", "decode_attention", "load_kv", "prefill_attention", "store_kv", "supports"]
+WRITES_OUT = True
+"""Whether the attentions take ``out``; where they do not, their caller copies."""
+
+__all__ = ["WRITES_OUT", "available", "decode_attention", "load_kv", "prefill_attention", "store_kv", "supports"]

@@ -183,6 +183,7 @@ def decode_attention(
     seq_lens: torch.Tensor,
     layout: PageLayout,
     options: AttentionOptions,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.decode_attention`. Any number of query tokens is right, few are fast."""
     if pages.data_ptr() % 16:
@@ -192,7 +193,7 @@ def decode_attention(
         q = q.clone(memory_format=torch.contiguous_format)
     batch, num_queries, num_heads, _ = q.shape
     heads = pages.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((batch, num_heads, num_queries), dtype=torch.float32, device=q.device)
     table = block_table if block_table.dtype == torch.int32 and block_table.stride(1) == 1 else _table(block_table)
     if not table.shape[1]:
@@ -216,7 +217,7 @@ def decode_attention(
         largest_piece=_LARGEST_PIECE, warps_inverse=-(-(2**64) // (scratch.sms * (threads // 32))),
         minus_one=0xFFFFFFFF, low_nibbles=0x0F0F0F0F, splits=_SPLITS, scale_log2=options.scale * _LOG2_E,
     )  # fmt: skip
-    read = [q, table]  # alive until the launch is queued
+    read: list[torch.Tensor | None] = [q, table]  # alive until the launch is queued
     for bit, (name, positions) in enumerate(
         (("seq_lens", seq_lens), ("first", options.first), ("query_start", options.query_start))
     ):

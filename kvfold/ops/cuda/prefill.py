@@ -294,16 +294,18 @@ def prefill_attention(
     options: AttentionOptions,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.prefill_attention`. Reads the lengths on the host, once for all layers."""
     if options.window is not None or options.softcap is not None or options.mask is not None or q.dtype.itemsize != 2:
-        return _elsewhere(q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v)
+        result, lse = _elsewhere(q, pages, block_table, context_lens, cu_seqlens, layout, options, k, v)
+        return result if out is None else out.copy_(result), lse
     if pages.data_ptr() % 16:
         raise ShapeError("pages have to begin at a multiple of 16 bytes for the CUDA kernels; pass a tensor that does")
     if block_table.stride(1) != 1:
         block_table = block_table.contiguous()
     bounds, contexts = _on_host(cu_seqlens), _on_host(context_lens)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device).T
     for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin == end:
