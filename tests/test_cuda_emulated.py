@@ -352,23 +352,29 @@ def flash_attn_varlen_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """In place of FlashAttention-3's: one sequence, and the last query sees all keys."""
-    assert q.dtype == k.dtype == v.dtype == F16
-    assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
-    assert cu_seqlens_q.tolist() == [0, len(q)] == [0, max_seqlen_q]
-    assert cu_seqlens_k.tolist() == [0, len(k)] == [0, max_seqlen_k]
+    """In place of FlashAttention-3's: the last query of a sequence sees all its keys."""
+    assert q.dtype == k.dtype == v.dtype
+    assert q.dtype in (F16, BF16)
     assert k.shape == v.shape
     assert k.isfinite().all()
     assert v.isfinite().all()
     assert all(x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == x.data_ptr() % 16 == 0 for x in (q, k, v))
-    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
-    k, v = (x.repeat_interleave(len(q) // len(k), dim=0) for x in (k, v))
-    scores = q @ k.transpose(-1, -2) * softmax_scale
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(max_seqlen_k - max_seqlen_q)
-        scores = scores.masked_fill(~seen, -torch.inf)
-    out = torch.softmax(scores, -1).half().double() @ v
-    return out.transpose(0, 1).half().contiguous(), torch.logsumexp(scores, -1).float()
+    for x, bounds, longest in ((q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k)):
+        assert bounds.dtype == torch.int32
+        assert int(bounds[0]) == 0
+        assert int(bounds[-1]) == len(x)
+        assert int(bounds.diff().max()) == longest
+    out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+        queries, keys, values = (x.double().transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        keys, values = (x.repeat_interleave(len(queries) // len(keys), dim=0) for x in (keys, values))
+        scores = queries @ keys.transpose(-1, -2) * softmax_scale
+        if causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril((k1 - k0) - (q1 - q0))
+            scores = scores.masked_fill(~seen, -torch.inf)
+        weights = torch.softmax(scores, -1).to(q.dtype).double()
+        out[q0:q1], lse[:, q0:q1] = (weights @ values).transpose(0, 1).to(q.dtype), torch.logsumexp(scores, -1).float()
+    return out, lse
 
 
 @pytest.fixture(params=["cudnn", "fa3"])
@@ -396,7 +402,7 @@ def test_prefill(
 ) -> None:  # fmt: skip
     """Windows of 48 tokens; a chunk of one token goes to the decode kernel."""
     monkeypatch.setattr(prefill, "WINDOW_BYTES", 48 * 4 * heads * 128)
-    contexts, chunks = (0, 37, 100, 16, 65), (20, 9, 33, 0, 1)
+    contexts, chunks = (0, 0, 37, 100, 16, 65, 0, 0), (20, 3, 9, 33, 0, 1, 0, 6)
     layout = PageLayout.of(spec, 128, page_size=16)
     lengths = [context + count for context, count in zip(contexts, chunks, strict=True)]
     cache = empty_cache(layout, lengths, heads)

@@ -111,22 +111,32 @@ def _of_package() -> _Found:
 
 
 def flash_attention_3(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    scale: float,
+    bounds: torch.Tensor | None = None,
+    longest: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q ``[n, Hq, 128]`` to k and v ``[m, H, 128]``; the causal mask lets the last query see all keys.
 
     Vectors are contiguous and at multiples of 16 bytes; other strides are free. Of fixed lengths the library has
     kernels too, but vLLM's build leaves them out.
 
+    Args:
+        bounds: int32 ``[B + 1]``, where sequences begin in q, and in k and v alike; default: it is one sequence.
+        longest: Tokens of the longest of these.
+
     Returns:
         out ``[n, Hq, 128]`` and log-sum-exp ``[n, Hq]``, of any strides.
     """
     function = _flash_attention_3().function
     assert function is not None  # or choose() would not have taken it
-    count, keys = len(q), len(k)
+    of_q, of_k = (_bounds(len(x), x.device) if bounds is None else bounds for x in (q, k))
     out, lse, *_ = function(
-        q=q, k=k, v=v, cu_seqlens_q=_bounds(count, q.device), cu_seqlens_k=_bounds(keys, q.device),
-        max_seqlen_q=count, max_seqlen_k=keys, softmax_scale=scale, causal=causal,
+        q=q, k=k, v=v, cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=longest or len(q),
+        max_seqlen_k=longest or len(k), softmax_scale=scale, causal=causal,
     )  # fmt: skip
     return out, lse.T
 

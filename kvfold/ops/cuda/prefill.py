@@ -307,21 +307,48 @@ def prefill_attention(
     bounds, contexts = _on_host(cu_seqlens), _on_host(context_lens)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device).T
-    for b, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        if begin == end:
+    at_once = k is not None and dense.choose(pages.device) == "fa3"
+    todo = itertools.groupby(range(len(contexts)), lambda b: at_once and not contexts[b])
+    for beginning, rows in ((key, list(group)) for key, group in todo):
+        if k is not None and v is not None and beginning:
+            _attend_to_beginnings(q, k, v, rows[0], bounds[rows[0] : rows[-1] + 2], cu_seqlens, options.scale, out, lse)
             continue
-        chunk = None if k is None or v is None else (_rows(k, begin, end), _rows(v, begin, end))
-        sequence = _Sequence(
-            _rows(q, begin, end), chunk, _rows(block_table, b, b + 1), contexts[b], _rows(context_lens, b, b + 1),
-            _rows(out, begin, end), _rows(lse, begin, end),
-        )  # fmt: skip
-        _attend(sequence, pages, layout, options)
+        for b in rows:
+            begin, end = bounds[b : b + 2]
+            if begin == end:
+                continue
+            chunk = None if k is None or v is None else (_rows(k, begin, end), _rows(v, begin, end))
+            sequence = _Sequence(
+                _rows(q, begin, end), chunk, _rows(block_table, b, b + 1), contexts[b], _rows(context_lens, b, b + 1),
+                _rows(out, begin, end), _rows(lse, begin, end),
+            )  # fmt: skip
+            _attend(sequence, pages, layout, options)
     return out, lse.T
 
 
 def _rows(x: torch.Tensor, begin: int, end: int) -> torch.Tensor:
     """``x[begin:end]``, sooner where that is all."""
     return x if end - begin == x.shape[0] else x.narrow(0, begin, end - begin)
+
+
+def _attend_to_beginnings(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int, bounds: list[int], cu_seqlens: torch.Tensor,
+    scale: float, out: torch.Tensor, lse: torch.Tensor,
+) -> None:  # fmt: skip
+    """The results of neighbouring chunks with nothing in the pages, from the one numbered ``first`` on, in one call.
+
+    ``bounds`` are where they begin and the last ends, ``cu_seqlens`` those of all on the device.
+    """
+    begin, end = bounds[0], bounds[-1]
+    longest = max(y - x for x, y in itertools.pairwise(bounds))
+    if not longest:
+        return
+    starts = cu_seqlens[first : first + len(bounds)]
+    own_q, own_k, own_v = (_readable(_rows(x, begin, end), q.dtype) for x in (q, k, v))
+    starts = (starts - begin if begin else starts).int()
+    result, states = dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest)
+    out[begin:end] = result
+    lse[begin:end] = states
 
 
 def _elsewhere(
