@@ -5,12 +5,14 @@ PYTHON ?= python3
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 # One thread a worker: workers whose OpenMP threads outnumber the cores wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help run test test-slow test-all lint bench clean
+.PHONY: help run test test-slow test-all test-vllm lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -29,6 +31,9 @@ test-slow: $(READY)  ## the slow tests: torch.compile with inductor, SmolLM2
 
 test-all: test-slow test  ## all tests that need no GPU
 
+test-vllm: $(VLLM)/.ready  ## the tests against the real vLLM, which need no GPU; makes .venv-vllm of 3.4 GB
+	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) tests/test_vllm_*.py
+
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -38,8 +43,8 @@ bench: $(READY)  ## the kernels beside others on a CUDA device; without one the 
 	  $(BIN)/kvfold bench --json benchmarks/results/bench.json --plot benchmarks/results/bench.png; \
 	else $(BIN)/kvfold compare --json; fi
 
-clean:  ## remove .venv and every cache in this folder
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, .venv-vllm and every cache in this folder
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -qq: pip's warnings are about the machine it runs on, and errors still show. The pinned torch first, which
@@ -52,4 +57,19 @@ $(READY): pyproject.toml
 	  $(PIP) install -qq torch==2.13.0 2>/dev/null || $(PIP) install -qq torch; }
 	@echo "== installing kvfold and what its demonstration and tests need"
 	@$(PIP) install -qq -e '.[dev]'
+	@touch $@
+
+# vLLM's metadata asks for CUDA builds of a dozen packages that its Python part does not need to be imported, so it comes
+# without them; what it does need is in the two lists. The constraint keeps the small torch.
+$(VLLM)/.ready: pyproject.toml tests/vllm-requirements.txt tests/vllm-bare-requirements.txt
+	@echo "== $(VLLM): $$($(PYTHON) --version)"
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -c 'import torch' 2>/dev/null || { \
+	  echo "== installing torch, which takes the longest"; \
+	  $(VLLM_PIP) install -qq torch==2.13.0 2>/dev/null || $(VLLM_PIP) install -qq torch; }
+	@$(VLLM_PIP) freeze | grep '^torch==' >$(VLLM)/torch.txt
+	@echo "== installing vLLM, and what importing it needs"
+	@$(VLLM_PIP) install -qq --no-deps -r tests/vllm-bare-requirements.txt
+	@$(VLLM_PIP) install -qq -c $(VLLM)/torch.txt -r tests/vllm-requirements.txt -e '.[cpu,triton]' 2>&1 | grep -v 'vllm 0.33' || true
+	@$(VLLM)/bin/python -c 'import vllm, kvfold'
 	@touch $@

@@ -27,6 +27,7 @@ import torch
 from kvfold.errors import FormatError, ShapeError
 from kvfold.layout import PageLayout
 from kvfold.ops import reference
+from kvfold.ops.lengths import remember_lengths
 from kvfold.ops.options import AttentionOptions
 from kvfold.ops.reference import apply_sink_logits, merge_states
 
@@ -39,6 +40,7 @@ __all__ = [
     "load_kv",
     "merge_states",
     "prefill_attention",
+    "remember_lengths",
     "store_kv",
 ]
 

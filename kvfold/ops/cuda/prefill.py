@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import weakref
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from kvfold.errors import ShapeError
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import dense, expand, runtime
 from kvfold.ops.cuda.decode import constants, decode_attention
+from kvfold.ops.lengths import on_host
 from kvfold.ops.options import AttentionOptions
 
 WINDOW_BYTES = 64 * 2**20
@@ -44,30 +44,6 @@ _TOKEN_BYTES = 2 * 2 * 128  # of a KV head in a window
 
 State = tuple[torch.Tensor, torch.Tensor]
 """Partial result of a chunk: out ``[n, Hq, 128]`` and log-sum-exp ``[n, Hq]``, of any strides."""
-
-
-# --- lengths on the host ----------------------------------------------------------------------------------------------
-
-
-class _Known(NamedTuple):
-    tensor: weakref.ref[torch.Tensor]
-    version: int
-    values: list[int]
-
-
-_known: dict[int, _Known] = {}  # by the tensor's id
-
-
-def _on_host(lengths: torch.Tensor) -> list[int]:
-    """The values of a tensor, read once for all layers of a model as long as nobody writes to it."""
-    if lengths.is_inference():  # writes to such a tensor leave no trace
-        return lengths.tolist()
-    key = id(lengths)
-    known = _known.get(key)
-    if known is None or known.tensor() is not lengths or known.version != lengths._version:
-        reference = weakref.ref(lengths, lambda _: _known.pop(key, None))
-        known = _known[key] = _Known(reference, lengths._version, lengths.tolist())
-    return known.values
 
 
 # --- this package's kernels -------------------------------------------------------------------------------------------
@@ -304,7 +280,7 @@ def prefill_attention(
         raise ShapeError("pages have to begin at a multiple of 16 bytes for the CUDA kernels; pass a tensor that does")
     if block_table.stride(1) != 1:
         block_table = block_table.contiguous()
-    bounds, contexts = _on_host(cu_seqlens), _on_host(context_lens)
+    bounds, contexts = on_host(cu_seqlens), on_host(context_lens)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device).T
     at_once = k is not None and dense.choose(pages.device) == "fa3"

@@ -1,0 +1,215 @@
+"""What a step's batch looks like to all layers: rows that decode, and chunks of prompts.
+
+A row of up to ``1 + num_speculative_tokens`` query tokens is a decode, which the decode kernel serves without a word
+from the host, so that it can stand in a CUDA graph. Rows of one length that follow each other are one call. Longer
+rows are chunks, whether a request begins with them or goes on, and each is told how many tokens lie before it
+(upstream #46460: no shortcut for batches of first chunks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from kvfold import ops
+from kvfold.errors import UnsupportedModelError
+from kvfold.integrations.vllm.backend import PAGE_SIZE, CompressedBackend
+
+logger = init_logger("vllm.kvfold.metadata")
+
+
+class Decodes(NamedTuple):
+    """Rows of one query length, on the device.
+
+    Attributes:
+        begin: The first of their tokens in the batch. end: Behind the last.
+        query_len: Tokens of a row (Tq).
+        block_table: int32 ``[B, P]``.
+        seq_lens: int32 ``[B]``, the queries included; 0 for a row that only fills up a CUDA graph.
+    """
+
+    begin: int
+    end: int
+    query_len: int
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+class Chunks(NamedTuple):
+    """Rows that are chunks of prompts, one after the other. Lengths were known on the host.
+
+    Attributes:
+        begin: The first of their tokens in the batch. end: Behind the last.
+        block_table: int32 ``[B, P]``.
+        context_lens: int32 ``[B]``, tokens before the chunk.
+        seq_lens: int32 ``[B]``, the chunk included.
+        cu_seqlens: int32 ``[B + 1]``, from 0 to ``end - begin``.
+    """
+
+    begin: int
+    end: int
+    block_table: torch.Tensor
+    context_lens: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+@dataclass
+class Metadata(AttentionMetadata):
+    """A batch.
+
+    Attributes:
+        num_actual_tokens: Tokens with queries; what the model pads them with is not counted.
+        slot_mapping: int64 ``[>= num_actual_tokens]``, see :func:`kvfold.ops.store_kv`: a block of vLLM is consecutive
+            pages, so its slots are kvfold's.
+        decodes: Rows that decode.
+        chunks: Chunks of prompts; mostly one item, as vLLM puts decodes first.
+    """
+
+    num_actual_tokens: int
+    slot_mapping: torch.Tensor
+    decodes: list[Decodes] = field(default_factory=list)
+    chunks: list[Chunks] = field(default_factory=list)
+
+
+class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
+    """Makes the :class:`Metadata` of each step, once for all layers of a group."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    requires_block_table_width: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+        block_table_width: int | None = None,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.pages_per_block = kv_cache_spec.block_size // PAGE_SIZE
+        self._page_table: torch.Tensor | None = None
+        if self.pages_per_block > 1:  # at an address of its own, which graphs keep
+            if block_table_width is None:  # a proposer of hidden states does not say it
+                longest = vllm_config.model_config.max_model_len
+                block_table_width = kv_cache_spec.max_num_blocks_per_req(vllm_config, longest)
+            sizes = (
+                vllm_config.scheduler_config.max_num_seqs,
+                vllm_config.compilation_config.max_cudagraph_capture_size or 0,
+            )
+            shape = (max(sizes), block_table_width, self.pages_per_block)
+            self._page_table = torch.zeros(shape, dtype=torch.int32, device=device)
+            self._within = torch.arange(self.pages_per_block, dtype=torch.int32, device=device)
+        describe(vllm_config)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> Metadata:
+        """The batch; see the base class for the arguments."""
+        batch = common_attn_metadata
+        self._check(batch)
+        starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].numpy()
+        table = self._pages(batch.block_table_tensor[: batch.num_reqs])
+        metadata = Metadata(batch.num_actual_tokens, batch.slot_mapping)
+        lengths = np.diff(starts)
+        assert self.reorder_batch_threshold is not None
+        # rows that only fill up a graph have no tokens; chunks of any lengths are one kind
+        kinds = np.minimum(lengths, self.reorder_batch_threshold + 1)
+        for first, last in _runs(kinds):
+            kind, begin, end = int(kinds[first]), int(starts[first]), int(starts[last])
+            rows = slice(first, last)
+            if not kind:
+                continue
+            if kind <= self.reorder_batch_threshold:
+                metadata.decodes.append(Decodes(begin, end, kind, table[rows], batch.seq_lens[rows]))
+            else:
+                metadata.chunks.append(self._chunks(batch, first, last, starts, table))
+        return metadata
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Metadata:
+        """The batch of a graph that serves every batch of its size: one call, with as many rows as the graph has."""
+        batch = common_attn_metadata
+        self._check(batch)
+        tokens, query_len = batch.num_actual_tokens, batch.max_query_len
+        rows, rest = divmod(tokens, query_len)
+        if rest or rows > batch.num_reqs:
+            raise UnsupportedModelError(
+                f"a CUDA graph of {tokens} tokens for {batch.num_reqs} rows of {query_len} is not uniform: give "
+                "--cudagraph-capture-sizes in multiples of the tokens that a step verifies, or use --enforce-eager"
+            )
+        table = self._pages(batch.block_table_tensor[: batch.num_reqs])
+        decodes = Decodes(0, tokens, query_len, table[:rows], batch.seq_lens[:rows])
+        return Metadata(tokens, batch.slot_mapping, [decodes])
+
+    def _check(self, batch: CommonAttentionMetadata) -> None:
+        if batch.causal is not True:
+            raise UnsupportedModelError(
+                "this model attends to tokens behind the query, which kvfold's attention does not: leave "
+                "--kv-cache-dtype out for it"
+            )
+
+    def _pages(self, block_table: torch.Tensor) -> torch.Tensor:
+        """Blocks ``[B, P]`` as pages ``[B, P * pages_per_block]``: block b is pages b n to b n + n - 1."""
+        if self._page_table is None:
+            return block_table
+        rows, columns = block_table.shape
+        if rows > len(self._page_table):  # larger than any graph
+            return (block_table[:, :, None] * self.pages_per_block + self._within).flatten(1)
+        out = self._page_table[:rows, :columns]
+        torch.add(self._within, block_table[:, :, None], alpha=self.pages_per_block, out=out)
+        return out.flatten(1)
+
+    def _chunks(
+        self, batch: CommonAttentionMetadata, first: int, last: int, starts: np.ndarray, table: torch.Tensor
+    ) -> Chunks:
+        lengths = batch.seq_lens_cpu_upper_bound  # exact for chunks of prompts
+        if lengths is None:
+            lengths = batch.seq_lens.cpu()
+        seq_lens = lengths[first:last].numpy()
+        bounds = starts[first : last + 1] - starts[first]
+        host = np.concatenate([seq_lens - np.diff(bounds), seq_lens, bounds]).astype(np.int32)
+        sizes = [last - first, last - first, last - first + 1]
+        with torch.inference_mode(False):  # those tensors do not tell when they are written to
+            pinned = torch.from_numpy(host)
+            if self.device.type == "cuda":
+                pinned = pinned.pin_memory()
+            context, total, cu_seqlens = pinned.to(self.device, non_blocking=True).split(sizes)
+        for tensor, values in zip((context, total, cu_seqlens), np.split(host, np.cumsum(sizes[:-1])), strict=True):
+            ops.remember_lengths(tensor, values.tolist())
+        rows = slice(first, last)
+        return Chunks(int(starts[first]), int(starts[last]), table[rows], context, total, cu_seqlens)
+
+
+def _runs(kinds: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where equal neighbours begin and end."""
+    if len(kinds):
+        cuts = (np.flatnonzero(np.diff(kinds)) + 1).tolist()
+        yield from zip([0, *cuts], [*cuts, len(kinds)], strict=True)
+
+
+def describe(vllm_config: VllmConfig) -> str:
+    """Log, once, how many layers are compressed and how many are not."""
+    layer_type: Any = AttentionLayerBase
+    layers = get_layers_from_vllm_config(vllm_config, layer_type)
+    backends = [layer.get_attn_backend() for layer in layers.values()]
+    ours = [backend for backend in backends if issubclass(backend, CompressedBackend)]
+    formats = ", ".join(sorted({str(backend.format) for backend in ours})) or "nothing"
+    others = len(backends) - len(ours)
+    text = f"kvfold compresses {len(ours)} of {len(backends)} layers to {formats}; {others} stay as they are"
+    logger.info_once(text)
+    return text

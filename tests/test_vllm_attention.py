@@ -1,0 +1,467 @@
+"""Against the real vLLM on the CPU: batches become metadata, and layers attend as plain attention does.
+
+Layers, specs, caches, groups and builders are made by vLLM's own functions (:mod:`vllm_stand_in`); a step's metadata
+comes from its ``build_attn_metadata``.
+"""
+
+# ruff: noqa: I001 (the stand-in comes before vLLM)
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vllm_stand_in as stand_in  # skips where vLLM is not installed
+from vllm.v1.attention.backend import AttentionCGSupport
+
+from kvfold import ops
+from kvfold.errors import ShapeError, UnsupportedModelError
+from kvfold.integrations.vllm import impl as impl_module
+from kvfold.integrations.vllm.impl import as_pages
+from kvfold.layout import PageLayout
+from vllm_stand_in import Engine, config
+
+PACKED = {"turboquant": {"chunk": "packed"}}
+SLACK = {torch.bfloat16: 6e-3, torch.float16: 1e-3}  # a rounding of the result, relative to its norm
+
+
+class Served:
+    """Sequences with random K and V, served step by step and compared with plain attention."""
+
+    def __init__(self, engine: Engine, layer: int = 0) -> None:
+        self.engine, self.layer = engine, layer
+        self.keys: list[torch.Tensor] = []  # [tokens, H, d] as the model made them
+        self.values: list[torch.Tensor] = []
+        self.q: list[torch.Tensor] = []  # [tokens, Hq, d]
+        self.layout = PageLayout.of(engine.layers[layer].get_attn_backend().format, engine.head_size, page_size=64)
+        settings = engine.layers[layer].impl.settings
+        self.exact = settings.chunk == "exact" and not engine.layers[layer].impl.shares
+        self.done: list[int] = []
+
+    def add(self, tokens: int, of: int | None = None, shared: int = 0) -> int:
+        """A request of so many tokens in the end; its first ``shared`` tokens are those of another (a prefix hit)."""
+        e, generator = self.engine, torch.Generator().manual_seed(len(self.keys))
+        for store, heads in ((self.keys, e.kv_heads), (self.values, e.kv_heads), (self.q, e.heads)):
+            x = torch.randn(tokens, heads, e.head_size, generator=generator).to(e.dtype)
+            if of is not None:
+                x[:shared] = store[of][:shared]
+            store.append(x)
+        seq = e.add()
+        if of is not None:
+            assert shared % e.block_size == 0
+            e.blocks[seq] = e.blocks[of][: shared // e.block_size]
+        self.done.append(shared)
+        return seq
+
+    def step(self, new: dict[int, int], **options: Any) -> dict[int, torch.Tensor]:
+        """Serve the next tokens of some sequences, in this order, and check each result. Returns them."""
+        e = self.engine
+        rows = [(seq, self.done[seq], count) for seq, count in new.items()]
+        metadata, slots = e.step(rows, **options)
+        pad = options.get("pad_tokens", 0)
+        q, k, v = (
+            torch.cat([*(store[seq][at : at + count] for seq, at, count in rows), store[0][:1].repeat(pad, 1, 1)])
+            for store in (self.q, self.keys, self.values)
+        )  # fmt: skip
+        out = e.run(metadata, slots, q.flatten(1), k.flatten(1), v.flatten(1), self.layer).unflatten(1, (e.heads, -1))
+        results, begin = {}, 0
+        one = next(iter(metadata.values()))
+        decodes = {(d.begin + i * d.query_len) for d in one.decodes for i in range(len(d.seq_lens))}
+        for seq, start, count in rows:
+            self.done[seq] = start + count
+            results[seq] = out[begin : begin + count]
+            wanted = self.expected(seq, start, count, self.exact and begin not in decodes)
+            error = (results[seq].double() - wanted).norm() / wanted.norm()
+            assert error < SLACK[e.dtype], f"sequence {seq}, tokens {start} to {start + count}: {error:.2e}"
+            begin += count
+        return results
+
+    def expected(self, seq: int, start: int, count: int, exact: bool) -> torch.Tensor:
+        """Attention in float64 to what is stored, and to the chunk itself as it came if ``exact``: ``[n, Hq, d]``."""
+        e = self.engine
+        table = torch.tensor([self._pages(seq)], dtype=torch.int32)
+        cache = e.layers[self.layer].kv_cache
+        pages = as_pages(cache, e.kv_heads, self.layout)
+        k, v = (x[0].double() for x in ops.load_kv(pages, table, self.layout, start + count))
+        if exact:
+            k[start:], v[start:] = (x[seq][start : start + count].double() for x in (self.keys, self.values))
+        group = e.heads // e.kv_heads
+        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", self.q[seq][start : start + count].double(), k) * e.scale
+        softcap = e.layers[self.layer].impl.softcap
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        hidden = torch.arange(start + count) > torch.arange(start, start + count)[:, None]
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+    def _pages(self, seq: int) -> list[int]:
+        n = self.engine.block_size // 64
+        return [block * n + i for block in self.engine.blocks[seq] for i in range(n)]
+
+
+@pytest.fixture(params=["exact", "packed"])
+def additional(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return {"turboquant": {"chunk": request.param}}
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_from_its_first_chunk_on(additional: dict[str, Any]) -> None:
+    served = Served(Engine(config(additional=additional)))
+    a = served.add(300)
+    for count in (70, 1, 130, 2, 1, 1, 95):
+        served.step({a: count})
+
+
+@pytest.mark.parametrize("name", ["turboquant", "kvfold_k8v4", "kvfold_k3v2", "kvfold_k2v2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_size", [64, 80, 128])
+def test_formats_dtypes_and_head_sizes(name: str, dtype: torch.dtype, head_size: int) -> None:
+    served = Served(Engine(config(name), dtype=dtype, head_size=head_size))
+    a, b = served.add(200), served.add(100)
+    served.step({a: 150, b: 20})
+    served.step({a: 1, b: 1})
+    served.step({a: 1, b: 79})
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
+def test_mha_gqa_and_mqa(heads: int, kv_heads: int) -> None:
+    served = Served(Engine(config(), heads=heads, kv_heads=kv_heads))
+    a, b = served.add(130), served.add(130)
+    served.step({a: 129, b: 64})
+    served.step({a: 1, b: 1})
+
+
+def test_a_short_request_goes_on_beside_first_chunks(additional: dict[str, Any]) -> None:
+    """Upstream #46460: the longest row begins, so that max_query_len == max_seq_len, and the other has a prefix."""
+    served = Served(Engine(config(additional=additional)))
+    short, long = served.add(60), served.add(200)
+    served.step({short: 40})
+    served.step({short: 20, long: 200})
+    batch = next(iter(served.engine.step([(short, 40, 20), (long, 0, 200)])[0].values()))
+    assert [chunks.context_lens.tolist() for chunks in batch.chunks] == [[40, 0]]
+
+
+def test_decodes_and_chunks_in_one_batch(additional: dict[str, Any]) -> None:
+    served = Served(Engine(config(additional=additional), num_blocks=32))
+    seqs = [served.add(400) for _ in range(5)]
+    served.step({seqs[0]: 64, seqs[1]: 65, seqs[2]: 1})
+    served.step({seqs[0]: 1, seqs[1]: 1, seqs[2]: 1, seqs[3]: 128, seqs[4]: 30})
+    served.step({seqs[2]: 1, seqs[0]: 100, seqs[4]: 7})
+    served.step(dict.fromkeys(seqs, 1))
+
+
+def test_rows_in_any_order() -> None:
+    """vLLM puts decodes first; if once it does not, results are right all the same."""
+    served = Served(Engine(config()))
+    a, b, c, d = (served.add(200) for _ in range(4))
+    served.step({a: 50, b: 50, c: 50, d: 50})
+    served.step({a: 20, b: 1, c: 30, d: 1})
+
+
+def test_a_prefix_hit_reads_what_another_stored(additional: dict[str, Any]) -> None:
+    served = Served(Engine(config(additional=additional)))
+    a = served.add(200)
+    served.step({a: 130})
+    b = served.add(200, of=a, shared=128)
+    assert served.engine.blocks[b] == served.engine.blocks[a][:2]
+    served.step({a: 1, b: 20})
+    served.step({a: 1, b: 1})
+
+
+def test_recompute_after_preemption_gives_the_same_bytes() -> None:
+    served = Served(Engine(config(additional=PACKED)))
+    a = served.add(150)
+    served.step({a: 100})
+    for _ in range(10):
+        last = served.step({a: 1})[a]
+    engine = served.engine
+    engine._free += engine.blocks[a]
+    engine.blocks[a], served.done[a] = [], 0
+    served.step({a: 109})
+    torch.testing.assert_close(served.step({a: 1})[a], last, rtol=0, atol=0)
+
+
+def test_packed_chunks_do_not_depend_on_where_they_end() -> None:
+    """Stored bytes and, but for the order of sums, results: what the equality of greedy outputs rests on."""
+    whole, cut = (Served(Engine(config(additional=PACKED))) for _ in range(2))
+    a, b = whole.add(180), cut.add(180)
+    together = whole.step({a: 180})[a]
+    apart = torch.cat([cut.step({b: count})[b] for count in (64, 1, 40, 75)])
+    torch.testing.assert_close(together, apart, rtol=2e-2, atol=2e-3)
+    left, right = ([as_pages(s.engine.layers[0].kv_cache, 2, s.layout)[p] for p in s._pages(0)] for s in (whole, cut))
+    assert all(torch.equal(x, y) for x, y in zip(left[:2], right[:2], strict=True))  # whole pages
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 256])
+def test_large_blocks_are_consecutive_pages(block_size: int, additional: dict[str, Any]) -> None:
+    engine = Engine(config(additional=additional), block_size=block_size, num_blocks=1024 // block_size)
+    assert engine.kernel_blocks == [block_size]
+    served = Served(engine)
+    a, b = served.add(400), served.add(300)
+    served.step({a: 300, b: 65})
+    served.step({a: 1, b: 1})
+    served.step({a: 60, b: 1})
+
+
+def test_soft_cap(additional: dict[str, Any]) -> None:
+    served = Served(Engine(config(additional=additional), layers=({"logits_soft_cap": 2.0},)))
+    a = served.add(100)
+    served.step({a: 90})
+    served.step({a: 1})
+    assert Engine(config(), layers=({"logits_soft_cap": 0.0},)).layers[0].impl.softcap is None
+
+
+def test_layers_have_caches_of_their_own() -> None:
+    engine = Engine(config(), layers=({}, {}, {}))
+    for layer in (2, 0, 1):
+        served = Served(engine, layer)
+        engine.blocks, served.done = [], []
+        a = served.add(70)
+        served.step({a: 69})
+        served.step({a: 1})
+    caches = [layer.kv_cache for layer in engine.layers]
+    assert len({cache.data_ptr() for cache in caches}) == 3
+
+
+def test_a_layer_that_shares_a_cache_stores_nothing() -> None:
+    engine = Engine(config(), layers=({}, {"kv_sharing_target_layer_name": "model.layers.0.attn"}))
+    assert len(engine.specs) == 1
+    first, second = Served(engine, 0), Served(engine, 1)
+    a = first.add(100)
+    second.keys, second.values, second.q = first.keys, first.values, first.q
+    for count in (80, 1):
+        second.done = list(first.done)
+        first.step({a: count})
+        before = engine.layers[0].kv_cache.clone()
+        second.step({a: count})
+        assert torch.equal(before, engine.layers[0].kv_cache)
+
+
+def test_by_the_backends_name_alone() -> None:
+    served = Served(Engine(config("auto", "turboquant")))
+    a = served.add(100)
+    served.step({a: 90})
+    served.step({a: 1})
+
+
+def test_other_layers_may_stay_uncompressed() -> None:
+    """Upstream #50709: pages of bf16 and ours in one group, each layer's cache dense."""
+    engine = Engine(config(kv_cache_dtype_skip_layers=["0"]), layers=({}, {}), num_blocks=4)
+    served = Served(engine, 1)
+    a = served.add(100)
+    metadata, slots = engine.step([(a, 0, 90)])
+    assert engine.layers[0].kv_cache.dtype == torch.bfloat16
+    del metadata[engine.layers[0].layer_name]  # its backend's kernels need a GPU
+    q, k, v = (x[a][:90].flatten(1) for x in (served.q, served.keys, served.values))
+    out = engine.run(metadata, slots, q, k, v, 1).unflatten(1, (engine.heads, -1))
+    wanted = served.expected(a, 0, 90, True)
+    assert (out.double() - wanted).norm() / wanted.norm() < SLACK[torch.bfloat16]
+
+
+# --- speculation ------------------------------------------------------------------------------------------------------
+
+
+def speculating(tokens: int, **options: Any) -> Any:
+    """A configuration whose steps verify ``tokens`` drafts."""
+    cfg = config(**options)
+    cfg.speculative_config = stand_in.types.SimpleNamespace(
+        num_speculative_tokens=tokens, parallel_drafting=False, enable_adaptive_verification=False, method="ngram",
+        use_eagle=lambda: False, use_dspark=lambda: False,
+    )  # fmt: skip
+    return cfg
+
+
+def test_drafts_are_verified_as_decodes(additional: dict[str, Any]) -> None:
+    """Upstream #52475, #53180, #40831: several query tokens of a row, each seeing the tokens up to its own."""
+    served = Served(Engine(speculating(3, additional=additional)))
+    a, b, c = (served.add(300) for _ in range(3))
+    served.step({a: 100, b: 63, c: 10})
+    served.step({a: 4, b: 4, c: 4})
+    # the second draft of a was refused: its tokens are written over
+    served.done[a] -= 2
+    for store, seed in ((served.keys, 5), (served.values, 6), (served.q, 7)):
+        store[a][102:] = torch.randn(store[a][102:].shape, generator=torch.Generator().manual_seed(seed)).to(store[a])
+    served.step({a: 4, b: 4, c: 4})
+    served.step({a: 4, b: 4, c: 1})  # a row without drafts
+    served.step({a: 2, b: 3, c: 1})
+    served.step({a: 1, b: 1, c: 50})
+
+
+def test_rows_of_different_lengths_are_a_call_each() -> None:
+    engine = Engine(speculating(3))
+    seqs = [engine.add() for _ in range(6)]
+    rows = list(zip(seqs, (70, 70, 70, 70, 70, 0), (4, 4, 1, 1, 2, 90), strict=True))
+    batch = next(iter(engine.step(rows)[0].values()))
+    assert [(d.begin, d.end, d.query_len) for d in batch.decodes] == [(0, 8, 4), (8, 10, 1), (10, 12, 2)]
+    assert [d.seq_lens.tolist() for d in batch.decodes] == [[74, 74], [71, 71], [72]]
+    (chunks,) = batch.chunks
+    assert (chunks.begin, chunks.end, chunks.cu_seqlens.tolist()) == (12, 102, [0, 90])
+
+
+def test_without_speculation_two_tokens_are_a_chunk() -> None:
+    engine = Engine(config())
+    batch = next(iter(engine.step([(engine.add(), 70, 2)])[0].values()))
+    assert not batch.decodes
+    assert batch.chunks[0].context_lens.tolist() == [70]
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def test_graphs_are_for_uniform_decodes() -> None:
+    engine = Engine(config())
+    assert engine.graphs.min_cg_support == AttentionCGSupport.UNIFORM_BATCH
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_rows_and_tokens_that_fill_up_a_graph_change_nothing(drafts: int) -> None:
+    served = Served(Engine(speculating(drafts) if drafts else config()))
+    a, b = served.add(200), served.add(200)
+    served.step({a: 70, b: 120})
+    n = 1 + drafts
+    for _ in range(3):
+        served.step({a: n, b: n}, pad_rows=2, pad_tokens=2 * n)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_a_captured_batch_is_one_call_on_tensors_that_stay(drafts: int, block_size: int) -> None:
+    engine = Engine(speculating(drafts) if drafts else config(), block_size=block_size)
+    n = 1 + drafts
+    seqs = [engine.add() for _ in range(4)]
+    captured = next(iter(engine.step([(seq, 70, n) for seq in seqs], capture=True)[0].values()))
+    (decodes,) = captured.decodes
+    assert (decodes.begin, decodes.end, decodes.query_len, captured.chunks) == (0, 4 * n, n, [])
+    later = next(iter(engine.step([(seq, 140, n) for seq in seqs])[0].values()))
+    if block_size > 64:  # the table of pages is the builder's own; other tensors are vLLM's
+        assert decodes.block_table.data_ptr() == later.decodes[0].block_table.data_ptr()
+        assert torch.equal(decodes.block_table, later.decodes[0].block_table)  # so a replay reads the new one
+
+
+def test_a_graph_that_is_not_uniform_is_refused() -> None:
+    engine = Engine(speculating(3))
+    a, b = engine.add(), engine.add()
+    with pytest.raises(UnsupportedModelError, match="cudagraph-capture-sizes"):
+        engine.step([(a, 70, 4), (b, 70, 1)], capture=True)
+
+
+def test_inputs_are_ready_behind_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, bool]] = []
+    for name in ("store_kv", "decode_attention", "prefill_attention"):
+        real = getattr(ops, name)
+
+        def spy(*args: Any, _real: Any = real, _name: str = name, **kwargs: Any) -> Any:
+            calls.append((_name, kwargs.get("inputs_ready", False)))
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, spy)
+    served = Served(Engine(speculating(3)))
+    a, b, c = (served.add(100) for _ in range(3))
+    served.step({a: 50, b: 50})
+    calls.clear()
+    served.step({a: 4, b: 1, c: 40})  # two lengths of decodes, which write their results in place
+    assert calls == [
+        ("store_kv", False), ("decode_attention", True), ("decode_attention", True), ("prefill_attention", False),
+    ]  # fmt: skip
+
+
+def test_a_layer_that_shares_a_cache_has_nothing_stored_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    real = ops.decode_attention
+    monkeypatch.setattr(ops, "decode_attention", lambda *a, **k: (seen.append(k["inputs_ready"]), real(*a, **k))[1])
+    engine = Engine(config(), layers=({}, {"kv_sharing_target_layer_name": "model.layers.0.attn"}))
+    metadata, slots = engine.step([(engine.add(), 0, 1)])
+    q, k, v = (torch.randn(1, heads * 64).to(engine.dtype) for heads in (4, 2, 2))
+    for layer in (0, 1):
+        engine.run(metadata, slots, q, k, v, layer)
+    assert seen == [True, False]
+
+
+def test_batch_invariance_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    real = ops.decode_attention
+    monkeypatch.setattr(ops, "decode_attention", lambda *a, **k: (seen.append(k["batch_invariant"]), real(*a, **k))[1])
+    for value in (False, True):
+        monkeypatch.setattr(stand_in.selector.envs, "VLLM_BATCH_INVARIANT", value, raising=False)
+        served = Served(Engine(config(additional=PACKED)))
+        a = served.add(70)
+        served.step({a: 64})
+        served.step({a: 1})
+    assert seen == [False, True]
+
+
+# --- the host's part --------------------------------------------------------------------------------------------------
+
+
+def test_lengths_of_chunks_are_one_tensor_for_all_layers_and_no_inference_tensors() -> None:
+    """The prefill reads lengths on the host once for each tensor; of inference tensors it cannot know that it has."""
+    engine = Engine(config(), layers=({}, {}, {}))
+    with torch.inference_mode():
+        metadata, _ = engine.step([(engine.add(), 0, 90)])
+    first, *others = metadata.values()
+    assert all(one is first for one in others)
+    chunks = first.chunks[0]
+    for lengths in (chunks.context_lens, chunks.seq_lens, chunks.cu_seqlens):
+        assert not lengths.is_inference()
+
+
+def test_a_batch_whose_lengths_the_host_does_not_know() -> None:
+    engine = Engine(config())
+    batch = next(iter(engine.step([(engine.add(), 70, 30), (engine.add(), 0, 10)], known=False)[0].values()))
+    assert batch.chunks[0].context_lens.tolist() == [70, 0]
+
+
+def test_a_batch_that_sees_the_future_is_refused() -> None:
+    engine = Engine(config())
+    batch = stand_in.types.SimpleNamespace(causal=False)
+    with pytest.raises(UnsupportedModelError, match="behind the query"):
+        engine.builder.build(0, batch)
+
+
+def test_the_run_that_measures_memory_gives_zeros_and_warms_up() -> None:
+    engine = Engine(config())
+    T, d = 40, engine.head_size
+    q, k, v = (torch.randn(T, heads * d).to(engine.dtype) for heads in (engine.heads, engine.kv_heads, engine.kv_heads))
+    out = engine.run(None, torch.full((T,), -1), q, k, v)
+    assert not out.any()
+    impl = engine.layers[0].impl
+    impl._max_rows, impl._max_tokens = 3, 200
+    impl_module._warm.clear()
+    for _ in range(2):  # the second is nothing
+        impl.warm_up(q.unflatten(1, (-1, d)), k.unflatten(1, (-1, d)), v.unflatten(1, (-1, d)), impl._layout)
+    assert len(impl_module._warm) == 1
+    assert not engine.layers[0].kv_cache.any()
+
+
+def test_an_output_with_gaps_is_written_all_the_same() -> None:
+    served = Served(Engine(config()))
+    a, b = served.add(100), served.add(100)
+    served.step({a: 70})
+    engine, impl = served.engine, served.engine.layers[0].impl
+    metadata, _ = engine.step([(a, 70, 1), (b, 0, 30)])
+    q, k, v = (torch.cat([x[a][70:71], x[b][:30]]) for x in (served.q, served.keys, served.values))
+    whole, gaps = torch.zeros_like(q), torch.zeros(31, engine.heads, 2 * engine.head_size, dtype=q.dtype)[..., ::2]
+    for out in (whole, gaps):
+        impl.forward(None, q, k, v, engine.layers[0].kv_cache, next(iter(metadata.values())), out)
+    assert torch.equal(whole, gaps)
+    assert whole.any()
+
+
+@pytest.mark.parametrize("argument", ["output_scale", "output_block_scale"])
+def test_quantised_outputs_are_refused(argument: str) -> None:
+    engine = Engine(config())
+    q = torch.zeros(1, 4, 64)
+    with pytest.raises(NotImplementedError, match="fuse_attn_quant"):
+        engine.layers[0].impl.forward(None, q, q, q, q, None, q, **{argument: torch.ones(1)})
+
+
+def test_pages_that_do_not_lie_one_after_the_other_are_refused() -> None:
+    layout = PageLayout.of("k4v4", 64)
+    cache = torch.zeros(4, 2, 64, layout.token_bytes, dtype=torch.uint8)
+    assert as_pages(cache, 2, layout).shape == (4, 2, layout.page_bytes)
+    for other in (cache[::2], cache.transpose(1, 2).contiguous().transpose(1, 2), cache[..., :-4]):
+        with pytest.raises(ShapeError, match="VLLM_KV_CACHE_LAYOUT=LBHNC"):
+            as_pages(other, 2, layout)

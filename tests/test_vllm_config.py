@@ -1,0 +1,380 @@
+"""Against the real vLLM: names, which backend serves what, specs, and what is refused."""
+
+# ruff: noqa: I001 (the stand-in comes before vLLM)
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.metadata import distributions
+from typing import Any
+
+import pytest
+import torch
+
+import vllm_stand_in as stand_in  # skips where vLLM is not installed
+from vllm.config.cache import KV_CACHE_DTYPES, CacheConfig, get_kv_cache_dtype_handler
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec, get_kv_quant_mode
+
+from kvfold.errors import FormatError, NotBuiltError, ShapeError, UnsupportedModelError
+from kvfold.formats import KVFormat
+from kvfold.integrations.vllm import DTYPES, register
+from kvfold.integrations.vllm.backend import CompressedBackend, Slot, class_of, original, why_not_served
+from kvfold.integrations.vllm.impl import as_pages
+from kvfold.integrations.vllm.metadata import describe
+from kvfold.integrations.vllm.settings import EngineConfigError, Settings
+from kvfold.layout import PageLayout
+from kvfold.modelshape import FULL, LayerGroup, ModelShape
+from kvfold.planner import cache_bytes, plan
+from vllm_stand_in import Engine, choose, config, current
+
+UPSTREAM = "turboquant_4bit_nc"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_registered_once_however_often_it_is_asked() -> None:
+    register()
+    before = list(KV_CACHE_DTYPES), dict(STR_DTYPE_TO_TORCH_DTYPE), AttentionBackendEnum.TURBOQUANT.get_path()
+    handlers = [get_kv_cache_dtype_handler(name) for name in DTYPES]
+    register()
+    assert before == (
+        list(KV_CACHE_DTYPES), dict(STR_DTYPE_TO_TORCH_DTYPE), AttentionBackendEnum.TURBOQUANT.get_path(),
+    )  # fmt: skip
+    assert handlers == [get_kv_cache_dtype_handler(name) for name in DTYPES]
+    assert len(KV_CACHE_DTYPES) == len(set(KV_CACHE_DTYPES))
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_name_is_a_cache_dtype_of_bytes(name: str) -> None:
+    assert CacheConfig(cache_dtype=name).cache_dtype == name
+    assert STR_DTYPE_TO_TORCH_DTYPE[name] == torch.uint8
+    assert get_kv_quant_mode(name) == KVQuantMode.CUSTOM
+    assert not name.startswith("turboquant_")  # which is upstream's, and treated otherwise in many places
+    assert KVFormat.parse(DTYPES[name]).require_built()
+
+
+def test_the_default_is_kvfolds_default() -> None:
+    assert KVFormat.parse(DTYPES["turboquant"]) == KVFormat.parse("turboquant") == KVFormat.parse("k4v4")
+
+
+def test_registering_imports_neither_the_backend_nor_cuda() -> None:
+    code = (
+        "import sys, torch; from kvfold.integrations.vllm import register; assert 'vllm' not in sys.modules; "
+        "register(); register(); assert not torch.cuda.is_initialized(); "
+        "print(sorted(name for name in sys.modules if name.startswith('kvfold.') and 'vllm' not in name))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['kvfold.integrations']"
+
+
+def test_vllm_finds_the_entry_point() -> None:
+    from vllm.plugins import DEFAULT_PLUGINS_GROUP
+
+    # a folder left from an older build may stand before the installed one
+    found = [entry for kvfold in distributions(name="kvfold") for entry in kvfold.entry_points]
+    (entry,) = {entry for entry in found if entry.group == DEFAULT_PLUGINS_GROUP}
+    assert entry.load() is register
+
+
+def test_an_old_vllm_starts_without_kvfold(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.delattr("vllm.config.cache.register_kv_cache_dtype")
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    warned: list[str] = []
+    monkeypatch.setattr("logging.Logger.warning", lambda self, text, *args: warned.append(text % args))
+    register()
+    assert len(warned) == 1
+    assert "vllm>=0.33" in warned[0]
+
+
+# --- which backend ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "spelling"), DTYPES.items())
+def test_the_dtype_alone_selects_the_backend(name: str, spelling: str) -> None:
+    backend = choose(config(name))
+    assert issubclass(backend, CompressedBackend)
+    assert backend.format == KVFormat.parse(spelling)
+    assert AttentionBackendEnum[backend.get_name()] is AttentionBackendEnum.TURBOQUANT  # as the layer looks it up
+
+
+@pytest.mark.parametrize("backend", ["turboquant", "TURBOQUANT"])
+def test_the_backends_name_alone_compresses(backend: str) -> None:
+    chosen = choose(config("auto", backend))
+    assert issubclass(chosen, CompressedBackend)
+    assert chosen.format == KVFormat.parse("turboquant")
+    engine = Engine(config("auto", backend))
+    (spec,) = engine.specs.values()
+    assert (spec.dtype, spec.kv_quant_mode) == (torch.uint8, KVQuantMode.CUSTOM)
+    assert spec.state_content_bytes == PageLayout.of("k4v4", 64).token_bytes
+
+
+def test_name_and_dtype_together_are_the_dtype() -> None:
+    assert choose(config("kvfold_k3v3", "turboquant")) is class_of(KVFormat.parse("k3v3"))
+
+
+@pytest.mark.parametrize("explicit", [None, "turboquant"])
+def test_upstreams_dtypes_get_upstreams_class_untouched(explicit: str | None) -> None:
+    backend = choose(config(UPSTREAM, explicit))
+    assert backend is original()
+    assert backend.__module__ == "vllm.v1.attention.backends.turboquant_attn"
+    assert backend.get_impl_cls().__module__ == backend.get_builder_cls().__module__ == backend.__module__
+
+
+def test_the_slot_itself_stands_for_upstreams_class() -> None:
+    slot, upstream = AttentionBackendEnum.TURBOQUANT.get_class(), original()
+    assert slot is Slot
+    for question in ("get_name", "get_impl_cls", "get_builder_cls", "supported_kv_cache_layouts",
+                     "get_supported_kernel_block_sizes", "full_cls_name"):  # fmt: skip
+        assert getattr(slot, question)() == getattr(upstream, question)()
+    assert slot.supports_kv_cache_dtype(UPSTREAM)
+    assert not slot.supports_kv_cache_dtype("turboquant")
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=2, head_size=128, dtype=torch.uint8, kv_quant_mode=get_kv_quant_mode(UPSTREAM)
+    )
+    assert slot.customize_spec(spec) == upstream.customize_spec(spec) != spec
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_other_caches_are_left_alone(dtype: str) -> None:
+    assert not issubclass(choose(config(dtype)), (CompressedBackend, Slot))
+
+
+def test_skipped_layers_get_another_backend() -> None:
+    cfg = config("turboquant", kv_cache_dtype_skip_layers=["0"])
+    assert not issubclass(choose(cfg, "auto"), CompressedBackend)
+    assert issubclass(choose(cfg), CompressedBackend)
+
+
+# --- additional config ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("additional", "fmt", "chunk"),
+    [
+        ({}, "k4v4", "exact"),
+        ({"turboquant": True}, "k4v4", "exact"),
+        ({"turboquant": "k3v3"}, "k3v3", "exact"),
+        ({"turboquant": True, "k_quant": 4, "v_quant": "3"}, "k4v3", "exact"),
+        ({"turboquant": {"k_quant": 8, "v_quant": 4, "chunk": "packed"}}, "k8v4", "packed"),
+        ({"turboquant": {"format": "k3v2+vplain"}}, "k3v2+vplain", "exact"),
+        ({"turboquant": {"chunk": "packed"}}, "k4v4", "packed"),
+        ({"turboquant": {"bit_width": 3, "seed": 42}}, "k3v3", "exact"),
+        ({"something": {"else": 1}}, "k4v4", "exact"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", [{"dtype": "turboquant"}, {"dtype": "auto", "backend": "turboquant"}], ids=str)
+def test_additional_config_says_format_and_chunk_rule(
+    additional: dict[str, Any], fmt: str, chunk: str, where: dict[str, str]
+) -> None:
+    cfg = config(additional=additional, **where)
+    settings = Settings.of(cfg)
+    assert settings is not None
+    assert (settings.format, settings.chunk) == (KVFormat.parse(fmt), chunk)
+    assert choose(cfg).format == KVFormat.parse(fmt)
+
+
+@pytest.mark.parametrize(
+    ("additional", "where", "error", "says"),
+    [
+        ({"turboquant": True}, {"dtype": "auto"}, EngineConfigError, "--kv-cache-dtype turboquant"),
+        ({"turboquant": True}, {"dtype": "fp8"}, EngineConfigError, "--kv-cache-dtype turboquant"),
+        ({"turboquant": False}, {}, EngineConfigError, "drop one"),
+        ({"turboquant": "k3v3"}, {"dtype": "kvfold_k4v4"}, EngineConfigError, "k3v3"),
+        ({"turboquant": {"chunk": "hot"}}, {}, EngineConfigError, "exact, packed"),
+        ({"turboquant": {"chunks": "packed"}}, {}, EngineConfigError, "did you mean 'chunk'"),
+        ({"turboquant": 4}, {}, EngineConfigError, "format like"),
+        ({"turboquant": {"k_quant": 4}}, {}, EngineConfigError, "both numbers"),
+        ({"turboquant": {"k_quant": 4, "v_quant": "q3_0"}}, {}, EngineConfigError, "both numbers"),
+        ({"turboquant": True, "k_quant": "q8_0", "v_quant": "q3_0"}, {}, NotBuiltError, "numbers of bits"),
+        ({"turboquant": "k4v5v"}, {}, FormatError, "unknown format"),
+        ({"turboquant": "kf8vf8"}, {}, FormatError, "fp8 caches of its own"),
+        ({"turboquant": "k4v4+sinks4"}, {}, NotBuiltError, "leave them out"),
+        ({"turboquant": "k3tv3t"}, {}, NotBuiltError, "not built"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_or_is_not_there_is_refused_at_start(
+    additional: dict[str, Any], where: dict[str, str], error: type[Exception], says: str
+) -> None:
+    cfg = config(additional=additional, **where)
+    with pytest.raises(error, match=says):
+        choose(cfg)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "bfloat16"])
+def test_the_backends_name_beside_another_dtype_is_refused(dtype: str) -> None:
+    with pytest.raises(ValueError, match="add --kv-cache-dtype turboquant, or leave the backend out"):
+        choose(config(dtype, "turboquant"))
+
+
+def test_skipping_needs_a_dtype() -> None:
+    cfg = config("auto", "turboquant", kv_cache_dtype_skip_layers=["0"])
+    with pytest.raises(EngineConfigError, match="--kv-cache-dtype turboquant instead"):
+        choose(cfg)
+
+
+def test_a_second_engine_of_a_process_is_not_given_the_first_ones_format() -> None:
+    choose(config(), head_size=64)
+    second = stand_in.VllmConfig(cache_config=CacheConfig(cache_dtype="turboquant"),
+                                 additional_config={"turboquant": "k3v3"})  # fmt: skip
+    with pytest.raises(EngineConfigError, match="a process of its own"):
+        Engine(second)
+
+
+# --- what cannot be served --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("question", "says"),
+    [
+        ({"has_sliding_window": True}, "--kv-cache-dtype-skip-layers sliding_window"),
+        ({"has_sink": True}, "attention sinks"),
+        ({"attn_type": "encoder_only"}, "encoder_only"),
+        ({"attn_type": "encoder_decoder"}, "encoder_decoder"),
+        ({"head_size": 4}, "too small"),
+        ({"head_size": 320}, "up to 256 coordinates"),
+        ({"use_mm_prefix": True}, "multimodal"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("explicit", [None, "turboquant"])
+def test_a_layer_that_cannot_be_compressed_is_refused(
+    question: dict[str, Any], says: str, explicit: str | None
+) -> None:
+    cfg = config("turboquant", explicit)
+    with pytest.raises(ValueError, match="kvfold: ") as caught:
+        choose(cfg, **question)
+    assert says in str(caught.value)
+
+
+def test_mla_is_refused() -> None:
+    with pytest.raises(ValueError, match="No valid attention backend"):
+        choose(config("turboquant"), use_mla=True)
+    with pytest.raises(ValueError, match="latent cache of MLA"):
+        choose(config("turboquant", "turboquant"), use_mla=True)
+
+
+def test_small_blocks_and_float32_are_refused() -> None:
+    with pytest.raises(ValueError, match="leave --block-size out"):
+        choose(config("turboquant", block_size=16))
+    assert issubclass(choose(config("turboquant", block_size=128)), CompressedBackend)
+    cfg = config("turboquant")
+    with current(cfg), pytest.raises(ValueError, match="--dtype bfloat16"):
+        stand_in.selector.get_attn_backend(128, torch.float32, "turboquant")
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 192, 256])
+def test_head_sizes_of_models_are_served(head_size: int) -> None:
+    """Upstream #41413: 80, 96 and 112 are no powers of two."""
+    for fmt in DTYPES.values():
+        assert why_not_served(KVFormat.parse(fmt), head_size) is None
+    assert issubclass(choose(config(), head_size=head_size), CompressedBackend)
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        ({"alibi_slopes": [0.5, 0.25, 0.125, 0.0625]}, "ALiBi"),
+        ({"mystery": 7}, "mystery"),
+    ],
+)
+def test_what_only_the_layer_knows_is_refused_too(layer: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=says):
+        Engine(config(), layers=(layer,))
+
+
+def test_layers_that_do_not_see_every_token_are_refused() -> None:
+    spec = SlidingWindowSpec(
+        block_size=64, num_kv_heads=2, head_size=64, dtype=torch.uint8, kv_quant_mode=KVQuantMode.CUSTOM,
+        sliding_window=128,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="SlidingWindowSpec"):
+        class_of(KVFormat.parse("k4v4")).customize_spec(spec)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", sorted(set(DTYPES.values())))
+@pytest.mark.parametrize("head_size", [80, 128])
+@pytest.mark.parametrize("block_size", [1, 64, 256])
+def test_a_block_has_the_bytes_of_its_pages(spelling: str, head_size: int, block_size: int) -> None:
+    backend = class_of(KVFormat.parse(spelling))
+    spec = FullAttentionSpec(
+        block_size=block_size, num_kv_heads=8, head_size=head_size, dtype=torch.uint8, kv_quant_mode=KVQuantMode.CUSTOM
+    )
+    packed = backend.customize_spec(spec)
+    layout = PageLayout.of(spelling, head_size)
+    assert packed.page_size_bytes * 64 == 8 * layout.page_bytes * block_size
+    assert backend.customize_spec(packed) == packed
+
+
+def test_bytes_per_token_of_the_default() -> None:
+    spec = FullAttentionSpec(
+        block_size=64, num_kv_heads=8, head_size=128, dtype=torch.uint8, kv_quant_mode=KVQuantMode.CUSTOM
+    )
+    packed = class_of(KVFormat.parse("k4v4")).customize_spec(spec)
+    assert packed.state_content_bytes == 132
+    bf16 = FullAttentionSpec(block_size=64, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+    assert bf16.page_size_bytes / packed.page_size_bytes >= 3.8
+
+
+@pytest.mark.parametrize("name", ["turboquant", "kvfold_k3v3", "kvfold_k8v4"])
+@pytest.mark.parametrize("memory", [10 * 2**30, 10 * 2**30 + 12345, 3 * 2**20])
+def test_the_capacity_is_the_planners_to_the_page(name: str, memory: int) -> None:
+    """vLLM's own arithmetic, with Qwen3-8B's shapes."""
+    engine = Engine(config(name), heads=32, kv_heads=8, head_size=128, num_blocks=1, layers=({},) * 36)
+    assert len(engine.kv_groups) == 1
+    cache = stand_in.get_kv_cache_config_from_groups(engine.config, engine.kv_groups, memory)
+    shape = ModelShape((LayerGroup(FULL, 36, 8, 128, 128),))
+    fmt = DTYPES[name]
+    row = next(row for row in plan(shape, memory, 64, [fmt]) if row.format == KVFormat.parse(fmt))
+    assert cache.num_blocks * 64 == row.tokens
+    assert sum(tensor.size for tensor in cache.kv_cache_tensors[:1]) == cache_bytes(shape, fmt, row.tokens)
+
+
+@pytest.mark.parametrize("skipped", [["0"], ["0", "1", "34", "35"]])
+def test_skipped_layers_stay_bf16_and_the_engine_starts(skipped: list[str]) -> None:
+    """Upstream #50709: pages of two sizes that do not divide each other."""
+    cfg = config(kv_cache_dtype_skip_layers=skipped)
+    engine = Engine(cfg, heads=32, kv_heads=8, head_size=128, num_blocks=1, layers=({},) * 36)
+    for index, spec in enumerate(engine.specs.values()):
+        skip = str(index) in skipped
+        assert spec.dtype == (torch.bfloat16 if skip else torch.uint8)
+        assert spec.state_content_size_bytes == (512 if skip else 132)
+    assert describe(cfg).startswith(f"kvfold compresses {36 - len(skipped)} of 36 layers to k4v4; {len(skipped)} stay")
+    memory = 2**30
+    cache = stand_in.get_kv_cache_config_from_groups(cfg, engine.kv_groups, memory)
+    per_token = 8 * (132 * (36 - len(skipped)) + 512 * len(skipped))
+    assert cache.num_blocks == memory // (64 * per_token)  # nothing is padded
+
+
+def test_block_size_is_chosen_for_pages() -> None:
+    assert Engine(config(), block_size=None, num_blocks=2).block_size == 64
+
+
+def test_layers_with_a_window_may_be_skipped() -> None:
+    """vLLM makes blocks of two kinds equal in bytes; ours are not the ones that are padded."""
+    cfg = config(kv_cache_dtype_skip_layers=["sliding_window"])
+    window = {"per_layer_sliding_window": 128}
+    engine = Engine(
+        cfg, heads=32, kv_heads=8, head_size=128, block_size=None, num_blocks=8, layers=({}, window, window)
+    )
+    full, *windows = engine.layers
+    assert issubclass(full.get_attn_backend(), CompressedBackend)
+    assert not any(issubclass(layer.get_attn_backend(), CompressedBackend) for layer in windows)
+    assert as_pages(full.kv_cache, 8, PageLayout.of("k4v4", 128)).shape[2] == 64 * 132
+
+
+def test_blocks_that_vllm_pads_are_refused() -> None:
+    """Where the first layer has a window, vLLM counts bytes by that layer's backend, and pads ours."""
+    cfg = config(kv_cache_dtype_skip_layers=["sliding_window"])
+    window = {"per_layer_sliding_window": 128}
+    engine = Engine(cfg, heads=32, kv_heads=8, head_size=128, block_size=None, num_blocks=8, layers=(window, {}))
+    with pytest.raises(ShapeError, match="vLLM padded its blocks"):
+        as_pages(engine.layers[1].kv_cache, 8, PageLayout.of("k4v4", 128))

@@ -1,0 +1,134 @@
+"""vLLM's whole engine, scheduler and model included, serves from the packed cache on the CPU.
+
+A small Qwen3 with random weights. Of ``chunk=packed`` the greedy tokens are the same however a request is served. (The
+CPU's attention does not depend on the batch; products of matrices do, a little, so the weights are such that the best
+token leads by more than that.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if find_spec("vllm") is None or find_spec("vllm.config") is None:
+    pytest.skip("vLLM is not installed: make test-vllm makes an environment that has it", allow_module_level=True)
+
+SCRIPT = Path(__file__).with_name("vllm_cpu_engine.py")
+NEW = 24
+PACKED = {"additional_config": {"turboquant": {"chunk": "packed"}}}
+# the third goes round in circles, so that n-grams find something to propose
+PROMPTS = [list(range(3, 13)), [(7 * i * i + 3 * i) % 500 + 2 for i in range(230)], [*range(40, 60)] * 8]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        num_hidden_layers=3, hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        intermediate_size=256, vocab_size=512, tie_word_embeddings=False, max_position_embeddings=2048,
+        bos_token_id=0, eos_token_id=1, initializer_range=0.2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("qwen3")
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def serve(
+    model: Path, rounds: list[list[list[int]]], new: int = NEW, logprobs: int | None = None, **engine: Any
+) -> Any:
+    job = {"model": str(model), "rounds": rounds, "new": new, "logprobs": logprobs, "engine": engine}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, json.dumps(job)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tokens(answer: Any, round: int = 0) -> list[list[int]]:
+    return [one["tokens"] for one in answer["rounds"][round]]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path) -> list[list[int]]:
+    """The tokens of each prompt, served by itself, in one chunk."""
+    answer = serve(model, [[prompt] for prompt in PROMPTS], **PACKED)
+    return [tokens(answer, round)[0] for round in range(len(PROMPTS))]
+
+
+def test_batched(model: Path, alone: list[list[int]]) -> None:
+    assert tokens(serve(model, [PROMPTS], **PACKED)) == alone
+
+
+def test_in_chunks_beside_others(model: Path, alone: list[list[int]]) -> None:
+    answer = serve(model, [PROMPTS], max_num_batched_tokens=48, max_num_seqs=4, **PACKED)
+    assert tokens(answer) == alone
+
+
+def test_with_prefix_hits(model: Path, alone: list[list[int]]) -> None:
+    answer = serve(model, [PROMPTS, PROMPTS], enable_prefix_caching=True, **PACKED)
+    assert tokens(answer) == tokens(answer, 1) == alone
+    assert [one["cached"] for one in answer["rounds"][1]] == [0, 192, 128]  # whole pages
+
+
+def test_after_preemption(model: Path) -> None:
+    """Three requests grow from two blocks to three each, and there are seven: one is thrown out and computed anew."""
+    prompts = [PROMPTS[1][:120], PROMPTS[2][:120], PROMPTS[1][50:170]]
+    answer = serve(model, [prompts], num_gpu_blocks_override=8, max_model_len=256, **PACKED)
+    assert answer["metrics"]["vllm:num_preemptions"] > 0
+    assert tokens(answer) == tokens(serve(model, [prompts], **PACKED))
+
+
+def test_in_large_blocks(model: Path, alone: list[list[int]]) -> None:
+    answer = serve(model, [PROMPTS], block_size=256, **PACKED)
+    assert answer["block_size"] == 256
+    assert tokens(answer) == alone
+
+
+def test_with_speculation_by_ngrams(model: Path, alone: list[list[int]]) -> None:
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    answer = serve(model, [PROMPTS], speculative_config=speculation, **PACKED)
+    assert tokens(answer) == alone
+    assert answer["metrics"]["vllm:spec_decode_num_draft_tokens"] > 0
+
+
+def test_by_the_backends_name(model: Path, alone: list[list[int]]) -> None:
+    answer = serve(model, [PROMPTS[:1]], kv_cache_dtype="auto", attention_backend="TURBOQUANT", **PACKED)
+    assert tokens(answer) == alone[:1]
+
+
+def test_capacity_is_the_planners(model: Path) -> None:
+    from kvfold.planner import ModelShape, cache_bytes
+
+    answer = serve(model, [PROMPTS[:1]], new=1)
+    shape = ModelShape.uniform(3, 2, 64)
+    assert answer["block_size"] == 64
+    assert (
+        cache_bytes(shape, "k4v4", 64 * answer["blocks"])
+        <= 2**22
+        < cache_bytes(shape, "k4v4", 64 * (answer["blocks"] + 1))
+    )
+
+
+def test_eight_bits_are_the_model_itself(model: Path) -> None:
+    """Against transformers without compression: the most likely tokens and their logarithms."""
+    from transformers import AutoModelForCausalLM
+
+    answer = serve(model, [PROMPTS], new=1, logprobs=5, kv_cache_dtype="kvfold_k8v8")
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    for prompt, one in zip(PROMPTS, answer["rounds"][0], strict=True):
+        with torch.inference_mode():
+            wanted = plain(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1)
+        for token, logprob in one["logprobs"][0].items():
+            assert abs(wanted[int(token)] - logprob) < 0.25
+        assert one["tokens"] == [int(wanted.argmax())]
