@@ -133,7 +133,7 @@ def test_python_and_cuda_agree_on_structures(device: EmulatedDevice) -> None:
     kernels = [
         device.kernel("store.cu", "store", none, **store._defines(layout, inputs, inputs)),
         device.kernel("expand.cu", "expand", none, **expand._defines(layout, F16, False)),
-        prefill._kernels(layout, 1, 1, BF16, 0).merge,
+        prefill._merge_kernel(layout, 3, True, BF16, 0)[0],
         decode._kernel(layout, 0, 1, BF16, False, False, False)[0],
     ]
     for kernel in kernels:

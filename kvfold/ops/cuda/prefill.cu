@@ -2,7 +2,8 @@
 // comes out.
 //
 // Defines: QTYPE (of the inputs and the output: 0 bf16, 1 f16), SIGN0 to SIGN3 (signs of the rotation, bit 1 = negative);
-// PARTS and ROTATED (partial results, and how many of them, the first, are in the basis of the pages).
+// CAPACITY (partial results that merge takes; 1: there is exactly one) and ROTATED (whether any may be in the basis of the
+// pages).
 //
 // De-quantised windows are float16, which has eight times bfloat16's precision but not its range. So K is divided by a
 // power of two below the peak of the sequence, and V likewise (expand.cu, `peaks`), and multiplied by LIFT; q is multiplied
@@ -24,12 +25,13 @@ struct Part {
 };
 
 struct Merge {
-    Part parts[PARTS];
+    Part parts[CAPACITY]; // the first `rotated` of them are rotated
     void* out; // [rows, heads, 128], rows `out_row` elements apart
     float* lse;
     const float* peaks; // of K and V
     i64 out_row, lse_row, lse_head;
     int rows, heads;
+    int count, rotated; // parts
 };
 
 struct Rotate {
@@ -184,46 +186,51 @@ __device__ __forceinline__ void add_plain(const u32 (&a)[2][16], const float (&f
         }
 }
 
+__device__ __forceinline__ float lse_of(const Part& part, int row, int head) {
+    return part.lse[row * part.lse_row + head * part.lse_head];
+}
+
 // Sums are kept with the rotation's signs on them, which the output's last step takes off.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, PARTS == 1 ? 4 : 2) merge(const __grid_constant__ Merge P) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS, CAPACITY == 1 ? 4 : 2) merge(const __grid_constant__ Merge P) {
     const int lane = threadIdx.x & 31, g = lane >> 2, i = lane & 3, item = blockIdx.x * WARPS + (threadIdx.x >> 5);
     const int head = item % P.heads, row = item / P.heads * 16 + g;
+    const int count = CAPACITY == 1 ? 1 : P.count, rotated = CAPACITY == 1 ? ROTATED : P.rotated;
     if (row - g >= P.rows) return;
     const float nothing = -__uint_as_float(0x7f800000u);
-    float weights[PARTS][2], total[2], base[2];
+    float total[2], base[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+        const int r = row + 8 * h;
         float top = nothing;
-#pragma unroll
-        for (int p = 0; p < PARTS; p++) {
-            const Part& part = P.parts[p];
-            const bool inside = row + 8 * h < P.rows;
-            weights[p][h] = inside ? part.lse[(row + 8 * h) * part.lse_row + head * part.lse_head] : nothing;
-            top = fmaxf(top, weights[p][h]); // passes over NaN, which is found again in the sum below
-        }
+#pragma unroll 1
+        for (int p = 0; p < count; p++)
+            if (r < P.rows) top = fmaxf(top, lse_of(P.parts[p], r, head)); // passes over NaN, which the sum below finds
         base[h] = top == nothing ? 0.f : top;
         total[h] = 0.f;
-#pragma unroll
-        for (int p = 0; p < PARTS; p++) total[h] += weights[p][h] = expf(weights[p][h] - base[h]);
+#pragma unroll 1
+        for (int p = 0; p < count; p++)
+            if (r < P.rows) total[h] += expf(lse_of(P.parts[p], r, head) - base[h]);
     }
     const u32 b = signs(0x3C00u, lane);
-    const float power = ROTATED ? power_below(P.peaks[1]) * (NORM / LIFT) : 1.f;
+    const float power = ROTATED && rotated ? power_below(P.peaks[1]) * (NORM / LIFT) : 1.f;
     float o[2][8][4];
-#pragma unroll
-    for (int p = 0; p < PARTS; p++) {
+#pragma unroll 1
+    for (int p = 0; p < count; p++) {
         const Part& part = P.parts[p];
         u32 a[2][16];
         float factor[2];
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            load(a[h], part.out, (row + 8 * h) * part.out_row + head * part.out_head + 8 * i, row + 8 * h < P.rows);
+            const int r = row + 8 * h;
+            load(a[h], part.out, r * part.out_row + head * part.out_head + 8 * i, r < P.rows);
+            const float weight = r < P.rows ? expf(lse_of(part, r, head) - base[h]) : 0.f;
 #pragma unroll
             for (int m = 0; m < 16; m++)
-                if (weights[p][h] == 0.f) a[h][m] = 0; // what nobody sees may be anything
-            factor[h] = total[h] == 0.f ? 0.f : weights[p][h] / total[h];
-            if (p < ROTATED) factor[h] *= power;
+                if (weight == 0.f) a[h][m] = 0; // what nobody sees may be anything
+            factor[h] = total[h] == 0.f ? 0.f : weight / total[h];
+            if (p < rotated) factor[h] *= power;
         }
-        if (p < ROTATED) {
+        if (ROTATED && p < rotated) {
             add_rotated<0>(a, b, factor, p == 0, o[0]);
             add_rotated<1>(a, b, factor, p == 0, o[1]);
         } else {

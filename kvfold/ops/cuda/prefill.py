@@ -37,6 +37,7 @@ WINDOW_BYTES = 64 * 2**20
 _FEW_ROWS = 64  # query rows of a KV head up to which the decode kernel is faster
 _MOST_QUERIES = 2**14  # of a call of FlashAttention-3, so that windows hold the keys of several heads
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1}
+_CAPACITY = 16  # partial results that are joined at once, unless there are more
 
 _ROOM = 64.0  # rotated queries are divided by it, see prefill.cu
 _LIFT = 1024.0  # K and V of windows are multiplied by it, see common.cuh
@@ -68,29 +69,33 @@ class _Rotations(ctypes.Structure):
     _fields_ = (("jobs", _Rotate * 3), ("peaks", ctypes.c_void_p))
 
 
-class _Kernels(NamedTuple):
-    rotate: runtime.Kernel
-    merge: runtime.Kernel
-    merge_params: type[ctypes.Structure]
+def _defines(layout: PageLayout, dtype: torch.dtype) -> dict[str, int | str]:
+    signs = {n: v for n, v in constants(layout.format.k, layout.format.v).items() if n.startswith("SIGN")}
+    return {"CAPACITY": 1, "ROTATED": 1, "QTYPE": _DTYPES[dtype], **signs}
 
 
 @lru_cache(maxsize=64)
-def _kernels(layout: PageLayout, rotated: int, parts: int, dtype: torch.dtype, index: int) -> _Kernels:
+def _rotate_kernel(layout: PageLayout, dtype: torch.dtype, index: int) -> runtime.Kernel:
+    return runtime.kernel("prefill.cu", "rotate", torch.device("cuda", index), **_defines(layout, dtype))
+
+
+@lru_cache(maxsize=64)
+def _merge_kernel(
+    layout: PageLayout, parts: int, rotated: bool, dtype: torch.dtype, index: int
+) -> tuple[runtime.Kernel, type[ctypes.Structure]]:
+    """The kernel, and its parameters. There are few kernels, so that serving need not compile what it has not seen."""
+    capacity = 1 if parts == 1 else max(_CAPACITY, 1 << (parts - 1).bit_length())
+
     class Merge(ctypes.Structure):
         _fields_ = (
-            ("parts", _Part * parts),
+            ("parts", _Part * capacity),
             *((name, ctypes.c_void_p) for name in ("out", "lse", "peaks")),
             *((name, ctypes.c_int64) for name in ("out_row", "lse_row", "lse_head")),
-            *((name, ctypes.c_int32) for name in ("rows", "heads")),
+            *((name, ctypes.c_int32) for name in ("rows", "heads", "count", "rotated")),
         )
 
-    device = torch.device("cuda", index)
-    defines: dict[str, int | str] = {"PARTS": parts, "ROTATED": rotated, "QTYPE": _DTYPES[dtype]}
-    defines |= {n: v for n, v in constants(layout.format.k, layout.format.v).items() if n.startswith("SIGN")}
-    rotate_kernel, merge_kernel = (
-        runtime.kernel("prefill.cu", entry, device, **defines) for entry in ("rotate", "merge")
-    )
-    return _Kernels(rotate_kernel, merge_kernel, Merge)
+    defines = _defines(layout, dtype) | {"CAPACITY": capacity, "ROTATED": int(rotated or capacity > 1)}
+    return runtime.kernel("prefill.cu", "merge", torch.device("cuda", index), **defines), Merge
 
 
 def _blocks(rows: int, heads: int) -> int:
@@ -130,7 +135,7 @@ def rotate(jobs: list[Job], peaks: torch.Tensor, layout: PageLayout) -> None:
     for at in range(len(jobs), 3):
         call.jobs[at].first = blocks
     x = jobs[0][0]
-    _kernels(layout, 1, 1, x.dtype, x.device.index).rotate.launch((blocks, 1, 1), 128, 0, call)
+    _rotate_kernel(layout, x.dtype, x.device.index).launch((blocks, 1, 1), 128, 0, call)
 
 
 def merge(
@@ -151,18 +156,15 @@ def merge(
         peaks: Those of the windows; None if there are none.
     """
     states = rotated + plain
-    kernels = _kernels(layout, len(rotated), len(states), out.dtype, out.device.index)
-    parts = (_Part * len(states))(
-        *(_Part(o.data_ptr(), s.data_ptr(), o.stride(0), o.stride(1), s.stride(0), s.stride(1)) for o, s in states)
-    )
-    rows, heads = lse.shape
-    kernels.merge.launch(
-        (_blocks(rows, heads), 1, 1), 128, 0,
-        kernels.merge_params(
-            parts, out.data_ptr(), lse.data_ptr(), None if peaks is None else peaks.data_ptr(), out.stride(0),
-            lse.stride(0), lse.stride(1), rows, heads,
-        ),
+    kernel, params = _merge_kernel(layout, len(states), bool(rotated), out.dtype, out.device.index)
+    call = params(
+        out=out.data_ptr(), lse=lse.data_ptr(), peaks=None if peaks is None else peaks.data_ptr(),
+        out_row=out.stride(0), lse_row=lse.stride(0), lse_head=lse.stride(1), rows=lse.shape[0], heads=lse.shape[1],
+        count=len(states), rotated=len(rotated),
     )  # fmt: skip
+    for at, (o, s) in enumerate(states):
+        call.parts[at] = _Part(o.data_ptr(), s.data_ptr(), o.stride(0), o.stride(1), s.stride(0), s.stride(1))
+    kernel.launch((_blocks(*lse.shape), 1, 1), 128, 0, call)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
