@@ -174,19 +174,20 @@ class CompressedImpl(AttentionImpl[Metadata]):
                 q, pages, table, lengths, layout, scale=self.scale, softcap=self.softcap,
                 batch_invariant=self.batch_invariant,
             )  # fmt: skip
-        exact = self.settings.chunk == "exact" and not self.shares
         # a chunk as long as any, behind a prefix that fills the windows, as far as a request has room for both
         fills = _WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
         context = min(fills, self._max_tokens // 2)
-        new = min(len(query), self._max_tokens - context)
-        with torch.inference_mode(False):
-            read = torch.tensor([context if exact else context + new], dtype=torch.int32, device=device)
-            bounds = torch.tensor([0, new], dtype=torch.int32, device=device)
-        table = torch.zeros(1, -(-(context + new) // PAGE_SIZE), dtype=torch.int32, device=device)
-        ops.prefill_attention(
-            query[:new], pages, table, read, bounds, layout, scale=self.scale, softcap=self.softcap,
-            k=key[:new] if exact else None, v=value[:new] if exact else None,
-        )  # fmt: skip
+        # and the ends of prompts, a token or some, and their beginnings, which have kernels of their own
+        for before, count in ((context, self._max_tokens - context), (1, 1), (1, 3), (0, 2)):
+            new, exact = min(len(query), count), self.settings.chunk == "exact" and not self.shares
+            with torch.inference_mode(False):
+                read = torch.tensor([before if exact else before + new], dtype=torch.int32, device=device)
+                bounds = torch.tensor([0, new], dtype=torch.int32, device=device)
+            table = torch.zeros(1, -(-(before + new) // PAGE_SIZE), dtype=torch.int32, device=device)
+            ops.prefill_attention(
+                query[:new], pages, table, read, bounds, layout, scale=self.scale, softcap=self.softcap,
+                k=key[:new] if exact else None, v=value[:new] if exact else None,
+            )  # fmt: skip
 
 
 _warm: set[tuple[Any, ...]] = set()
