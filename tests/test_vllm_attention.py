@@ -134,6 +134,24 @@ def test_mha_gqa_and_mqa(heads: int, kv_heads: int) -> None:
     served.step({a: 1, b: 1})
 
 
+@pytest.mark.parametrize("block_size", [64, 256])
+def test_batch_invariance_makes_every_token_a_row(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits in chunks of any length, beside others, as drafts and one by one."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    results = []
+    for counts, others in (((150,), 0), ((70, 1, 79), 40), ((100, *[1] * 50), 1), ((149, 1), 3), ((64, 4, 82), 0)):
+        served = Served(Engine(config(additional=PACKED), block_size=block_size))
+        a, b = served.add(150), served.add(300)
+        parts = [served.step({b: others, a: n} if others else {a: n})[a] for n in counts]
+        results.append(torch.cat(parts))
+    assert all(torch.equal(result, results[0]) for result in results)
+    cfg = config(additional=PACKED)
+    support = Engine(cfg).builder.get_cudagraph_support
+    assert support(cfg, None) == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    assert support(cfg, None) == AttentionCGSupport.UNIFORM_BATCH
+
+
 def test_a_short_request_goes_on_beside_first_chunks(additional: dict[str, Any]) -> None:
     """Upstream #46460: the longest row begins, so that max_query_len == max_seq_len, and the other has a prefix."""
     served = Served(Engine(config(additional=additional)))
@@ -390,7 +408,7 @@ def test_batch_invariance_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         a = served.add(70)
         served.step({a: 64})
         served.step({a: 1})
-    assert seen == [False, True]
+    assert seen == [False, True, True]  # chunks are rows too then
 
 
 # --- the host's part --------------------------------------------------------------------------------------------------

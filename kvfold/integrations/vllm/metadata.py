@@ -4,6 +4,10 @@ A row of up to ``1 + num_speculative_tokens`` query tokens is a decode, which th
 from the host, so that it can stand in a CUDA graph. Rows of one length that follow each other are one call. Longer
 rows are chunks, whether a request begins with them or goes on, and each is told how many tokens lie before it
 (upstream #46460: no shortcut for batches of first chunks).
+
+Where nothing may depend on how a request is served (``VLLM_BATCH_INVARIANT`` and ``chunk=packed``), every token is a
+row of its own. Its result is a function of its position and of the bytes before it: the same in a chunk of any length,
+in a decode, in a draft. A token then reads its whole context alone, which is slow for long prompts.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+import vllm.envs as envs
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -28,6 +33,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from kvfold import ops
 from kvfold.errors import UnsupportedModelError
 from kvfold.integrations.vllm.backend import PAGE_SIZE, CompressedBackend
+from kvfold.integrations.vllm.settings import Settings
 
 logger = init_logger("vllm.kvfold.metadata")
 
@@ -92,6 +98,11 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
     requires_block_table_width: ClassVar[bool] = True
 
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Drafts are cut into tokens by numbers of the host, which a graph would keep."""
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if _by_token(vllm_config) else cls._cudagraph_support
+
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
@@ -101,7 +112,8 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         block_table_width: int | None = None,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self.by_token = _by_token(vllm_config)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=not self.by_token)
         self.pages_per_block = kv_cache_spec.block_size // PAGE_SIZE
         self._page_table: torch.Tensor | None = None
         if self.pages_per_block > 1:  # at an address of its own, which graphs keep
@@ -127,6 +139,9 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         table = self._pages(batch.block_table_tensor[: batch.num_reqs])
         metadata = Metadata(batch.num_actual_tokens, batch.slot_mapping)
         lengths = np.diff(starts)
+        if self.by_token and lengths.max(initial=0) > 1:
+            metadata.decodes.append(self._tokens(batch, lengths, table))
+            return metadata
         assert self.reorder_batch_threshold is not None
         # rows that only fill up a graph have no tokens; chunks of any lengths are one kind
         kinds = np.minimum(lengths, self.reorder_batch_threshold + 1)
@@ -174,6 +189,19 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         torch.add(self._within, block_table[:, :, None], alpha=self.pages_per_block, out=out)
         return out.flatten(1)
 
+    def _tokens(self, batch: CommonAttentionMetadata, lengths: np.ndarray, table: torch.Tensor) -> Decodes:
+        """Every token of the batch as a row of its own."""
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        behind = np.cumsum(lengths)[rows] - 1 - np.arange(len(rows))  # tokens of the same row
+        row, later = self._on_device(np.concatenate([rows, behind])).split(len(rows))
+        return Decodes(0, len(rows), 1, table[row], batch.seq_lens[row] - later.int())
+
+    def _on_device(self, numbers: np.ndarray) -> torch.Tensor:
+        pinned = torch.from_numpy(numbers)
+        if self.device.type == "cuda":
+            pinned = pinned.pin_memory()
+        return pinned.to(self.device, non_blocking=True)
+
     def _chunks(
         self, batch: CommonAttentionMetadata, first: int, last: int, starts: np.ndarray, table: torch.Tensor
     ) -> Chunks:
@@ -185,14 +213,16 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         host = np.concatenate([seq_lens - np.diff(bounds), seq_lens, bounds]).astype(np.int32)
         sizes = [last - first, last - first, last - first + 1]
         with torch.inference_mode(False):  # those tensors do not tell when they are written to
-            pinned = torch.from_numpy(host)
-            if self.device.type == "cuda":
-                pinned = pinned.pin_memory()
-            context, total, cu_seqlens = pinned.to(self.device, non_blocking=True).split(sizes)
+            context, total, cu_seqlens = self._on_device(host).split(sizes)
         for tensor, values in zip((context, total, cu_seqlens), np.split(host, np.cumsum(sizes[:-1])), strict=True):
             ops.remember_lengths(tensor, values.tolist())
         rows = slice(first, last)
         return Chunks(int(starts[first]), int(starts[last]), table[rows], context, total, cu_seqlens)
+
+
+def _by_token(vllm_config: VllmConfig) -> bool:
+    settings = Settings.of(vllm_config)
+    return bool(envs.VLLM_BATCH_INVARIANT) and settings is not None and settings.chunk == "packed"
 
 
 def _runs(kinds: np.ndarray) -> Iterator[tuple[int, int]]:
