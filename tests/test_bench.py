@@ -140,7 +140,8 @@ def test_our_kernels_run_and_are_right(case: Case, spec: str) -> None:
     (kernel,) = ours.contender(fmt, "cpu").prepare(case, CPU)
     wanted = case.cache_bytes(fmt) + (case.input_bytes if isinstance(case, StoreCase) else 0)
     assert kernel.bytes == wanted
-    assert len(kernel.calls) == CPU.copies(wanted if isinstance(case, StoreCase) else case.cache_bytes(fmt))
+    # a prefill is called once in a replay, as its rivals are
+    assert len(kernel.calls) == (1 if isinstance(case, PrefillCase) else CPU.copies(wanted))
     for call in kernel.calls[:2]:
         call()
     check = ours.check(case, CPU, fmt, "cpu")

@@ -11,6 +11,7 @@ import torch
 from ops_cases import Cache, State, empty_cache
 
 from kvfold import ops
+from kvfold.bench.ours import random_pages
 from kvfold.errors import FormatError
 from kvfold.layout import PageLayout
 from kvfold.ops import reference
@@ -397,6 +398,30 @@ def test_runs_give_the_same_bits_whatever_scratch_holds(group: int, invariant: b
             floats.fill_(torch.nan)
         assert same(attend(cache, q, batch_invariant=invariant), want)
         assert not scratch.counters.any()
+
+
+LARGE = {
+    "many steps of 2 bits": ((131_072,), "k2v2", 8, 4),
+    "eight rows": ((32_768, 32_768), "k4v4", 8, 8),
+    "many heads": ((32_768, 32_768), "k2v2", 32, 1),
+    "cut anywhere": (tuple(1 + b * 7919 % 300 for b in range(300)), "k4v4", 8, 4),
+    "one piece a warp": ((4096,) * 8, "k3v3", 8, 4),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_a_full_device_gives_the_same_bits_a_hundred_times(case: str) -> None:
+    """A barrier that the hardware wrote back over a result showed in nearly every call of these, in no small one."""
+    lengths, spec, heads, group = LARGE[case]
+    layout = PageLayout.of(spec, 128)
+    cache = empty_cache(layout, lengths, heads)
+    pages = random_pages(layout, len(cache.pages), heads, DEVICE)
+    cache = Cache(layout, pages, cache.table.to(DEVICE), cache.lengths.to(DEVICE, torch.int32))
+    q = queries(cache, group, dtype=F32)
+    want = attend(cache, q)
+    compare(want, truth(cache, q))
+    for _ in range(100):
+        assert same(attend(cache, q), want)
 
 
 @pytest.mark.parametrize("group", [4, 8])

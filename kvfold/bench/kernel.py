@@ -14,6 +14,9 @@ L2_MULTIPLE = 4
 """The calls of one replay touch this many times the L2, unless :data:`MAX_COPIES` is reached first."""
 MAX_COPIES = 64
 """More calls in a replay tell nothing more: what a replay itself costs is spread over 64 then."""
+PREFILL_COPIES = 1
+"""Of a prefill's data: milliseconds of matrix products heat the chip and lower its clock, so each replay is one call of
+every kernel, behind a pause of the same length. The buffer that is read before has emptied the L2."""
 
 
 class Unavailable(KVFoldError):

@@ -15,7 +15,7 @@ import torch
 
 from kvfold import ops
 from kvfold.bench.cases import Case, DecodeCase, PrefillCase, StoreCase
-from kvfold.bench.kernel import Contender, Kernel, Setting, block_tables, lengths, queries
+from kvfold.bench.kernel import PREFILL_COPIES, Contender, Kernel, Setting, block_tables, lengths, queries
 from kvfold.bench.report import Check
 from kvfold.formats import SCALE_BYTES, TILE, KVFormat, Side
 from kvfold.layout import PageLayout
@@ -124,7 +124,7 @@ def _chunk(case: PrefillCase, setting: Setting, fmt: KVFormat, copies: int) -> t
 
 
 def _prefill(case: PrefillCase, setting: Setting, fmt: KVFormat, backend: str) -> Kernel:
-    chunk, tables = _chunk(case, setting, fmt, setting.copies(case.cache_bytes(fmt)))
+    chunk, tables = _chunk(case, setting, fmt, PREFILL_COPIES)
 
     def call(table: torch.Tensor) -> object:
         with ops.backend(backend):

@@ -16,7 +16,16 @@ from typing import Any
 import torch
 
 from kvfold.bench.cases import Case, DecodeCase, PrefillCase, StoreCase
-from kvfold.bench.kernel import Contender, Kernel, Setting, Unavailable, block_tables, lengths, queries
+from kvfold.bench.kernel import (
+    PREFILL_COPIES,
+    Contender,
+    Kernel,
+    Setting,
+    Unavailable,
+    block_tables,
+    lengths,
+    queries,
+)
 from kvfold.bench.ours import store_inputs
 from kvfold.formats import KVFormat
 
@@ -75,12 +84,13 @@ def _flash_attention_3(case: Case, setting: Setting, dtype: torch.dtype, fmt: KV
         raise Unavailable("FlashAttention-3 runs on compute capability 9.x alone")
     attend = _fa3_entry()
     if isinstance(case, DecodeCase):
-        return _fa3_variants(attend, case, setting, dtype, fmt, case.cache_bytes(fmt), (setting.page_size,))
+        copies = setting.copies(case.cache_bytes(fmt))
+        return _fa3_variants(attend, case, setting, dtype, copies, case.cache_bytes(fmt), (setting.page_size,))
     whole = DecodeCase(
         case.name, (case.prefix + case.chunk,), case.num_heads, case.num_kv_heads, case.head_size, case.chunk
     )
     sizes = tuple(dict.fromkeys((setting.page_size, _FA3_TILE)))
-    return _fa3_variants(attend, whole, setting, dtype, fmt, case.cache_bytes(fmt), sizes)
+    return _fa3_variants(attend, whole, setting, dtype, PREFILL_COPIES, case.cache_bytes(fmt), sizes)
 
 
 Attend = Callable[..., Callable[[torch.Tensor], object]]
@@ -180,13 +190,12 @@ def _fa3_variants(
     case: DecodeCase,
     setting: Setting,
     dtype: torch.dtype,
-    fmt: KVFormat,
+    copies: int,
     call_bytes: int,
     page_sizes: Sequence[int],
 ) -> list[Kernel]:
     """The split count as vLLM fixes it for CUDA graphs and as FlashAttention-3 would choose it, per page size."""
     kernels = []
-    copies = setting.copies(case.cache_bytes(fmt))
     for page_size in page_sizes:
         tables, num_pages = block_tables(case, copies, page_size, setting.device)
         # as vLLM lays it out: a token's K and V of a head side by side

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     head = {
         "command": shlex.join(["kvfold", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": _environment(args.commit),
+        "environment": environment_of_gpu(args.commit),
         "settings": {
             "formats": [str(fmt) for fmt in formats],
             "backends": args.backend,
@@ -162,7 +162,7 @@ def _require_cuda() -> None:
         )
 
 
-def _environment(commit: str | None) -> dict[str, object]:
+def environment_of_gpu(commit: str | None) -> dict[str, object]:
     """What the figures depend on: device, driver, versions, commit."""
     import torch
 

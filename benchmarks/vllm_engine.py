@@ -1,0 +1,148 @@
+"""Serve Qwen3-8B's shapes in vLLM with several caches, in one run: tokens that fit, decode and prefill rates.
+
+    python benchmarks/vllm_engine.py --dtypes auto fp8 turboquant --json vllm.json
+
+Weights are dummies (speed does not depend on them), prompts random token ids, and each cache has a process of its own.
+Needs a GPU and vLLM 0.33. A case is batch x prompt tokens; ``full`` is as many requests of 32 000 tokens as the cache
+holds. Each case runs once before it is timed, so that nothing compiles in it.
+
+The decode rate counts the tokens after the moment at which every request has its first one; the prefill time is what
+lies before. Both are of one run, as a client would see it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+LONG = 32_000
+CASES = ("8x10", "8x8192", "32x8192", "8x32000")
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960, "hidden_act": "silu", "attention_bias": False, "bos_token_id": 151643,
+    "eos_token_id": 151645, "use_cache": True,
+}  # fmt: skip
+
+
+class Timing(NamedTuple):
+    """Of one case: seconds until every request has its first token, and of the rest; tokens in that rest."""
+
+    prefill: float
+    decode: float
+    decoded: int
+
+
+def serve(engine: Any, prompts: list[list[int]], new: int) -> Timing:
+    """Serve prompts together, each to so many new tokens, on a ``vllm.LLMEngine``."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+    for number, prompt in enumerate(prompts):
+        engine.add_request(f"{time.monotonic_ns()}-{number}", {"prompt_token_ids": prompt}, params)
+    have: dict[str, int] = {}
+    begun = time.perf_counter()
+    all_have_one, before = begun, 0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            have[output.request_id] = len(output.outputs[0].token_ids)
+        if not before and len(have) == len(prompts) and all(have.values()):
+            all_have_one, before = time.perf_counter(), sum(have.values())
+    ended = time.perf_counter()
+    return Timing(all_have_one - begun, ended - all_have_one, sum(have.values()) - before)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """One cache: what fits, and the cases."""
+    from vllm import LLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = CONFIG | {"num_hidden_layers": args.layers}
+        Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        llm = LLM(
+            model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", seed=0,
+            kv_cache_dtype=args.one, gpu_memory_utilization=args.utilization, max_model_len=40960,
+            enable_prefix_caching=False, additional_config=json.loads(args.additional),
+        )  # fmt: skip
+        cache = llm.llm_engine.vllm_config.cache_config
+        tokens = cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size
+        result: dict[str, Any] = {"dtype": args.one, "tokens": tokens, "block_size": cache.block_size, "cases": []}
+        draw = random.Random(0)
+        for case in args.cases:
+            batch, length = (tokens // (LONG + args.new), LONG) if case == "full" else map(int, case.split("x"))
+            prompts = [[draw.randrange(100, 100_000) for _ in range(length)] for _ in range(batch)]
+            few = prompts if length < 1000 else prompts[: min(batch, 8)]  # enough for every kernel to be used
+            serve(llm.llm_engine, few, 8)
+            timing = serve(llm.llm_engine, prompts, 1 + args.new)
+            row = {
+                "case": case, "batch": batch, "prompt": length, "prefill_seconds": timing.prefill,
+                "decode_tokens_per_second": timing.decoded / timing.decode,
+            }  # fmt: skip
+            print(f"{args.one}: {json.dumps(row)}", file=sys.stderr, flush=True)
+            result["cases"].append(row)
+    return result
+
+
+def compare(results: list[dict[str, Any]]) -> str:
+    """A table of all caches, and how they compare with the first."""
+    lines = []
+    for result in results:
+        lines.append(f"{result['dtype']}: {result['tokens']:,} tokens, {result['tokens'] / results[0]['tokens']:.2f}x")
+        for row, base in zip(result["cases"], results[0]["cases"], strict=False):
+            rate, prefill = row["decode_tokens_per_second"], row["prefill_seconds"]
+            lines.append(
+                f"  {row['case']:>8}  batch {row['batch']:>4}  decode {rate:8.1f} tok/s"
+                f" {rate / base['decode_tokens_per_second']:5.2f}x   prefill {prefill:7.2f} s"
+                f" {prefill / base['prefill_seconds']:5.2f}x"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["auto", "fp8", "turboquant"], help="the first is the baseline")
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--new", type=int, default=128, help="tokens to decode after the first")
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--utilization", type=float, default=0.5, help="gpu_memory_utilization")
+    parser.add_argument("--additional", default="{}", help="--additional-config of kvfold's dtypes")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args)))
+        return
+    results = []
+    for dtype in args.dtypes:
+        ours = dtype.startswith(("turboquant", "kvfold_"))
+        command = [
+            sys.executable, __file__, "--one", dtype, "--cases", *args.cases, "--new", str(args.new), "--layers",
+            str(args.layers), "--utilization", str(args.utilization), "--additional", args.additional if ours else "{}",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=False, env={"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+        )
+        if done.returncode:
+            sys.exit(f"{dtype} failed, see above")
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    print(compare(results))
+    if args.json:
+        from kvfold.commands.bench import environment_of_gpu
+
+        head = {"command": " ".join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        environment = environment_of_gpu(None)
+        args.json.write_text(json.dumps(head | {"environment": environment, "caches": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
