@@ -98,7 +98,8 @@ def test_attached_model_with_an_ordinary_cache(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", NO_STATIC_CROP)
 def test_assisted_decoding_with_fixed_sliding_layers_is_refused(model_type: str) -> None:
     attach(tiny(model_type))
-    with pytest.raises(UnsupportedModelError, match="leave max_length out"):
+    # from 5.24 on transformers asks before it crops, and refuses itself
+    with pytest.raises((UnsupportedModelError, ValueError), match=r"leave max_length out|cache that can be cropped"):
         generate(model_type, "assisted", make_cache(model_type, static=True))
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import vllm_stand_in as stand_in  # skips where vLLM is not installed
-from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.spec_decode.utils import extend_all_queries_by_N
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
 
 from kvfold import ops
 from kvfold.errors import ShapeError, UnsupportedModelError
@@ -409,6 +412,38 @@ def test_batch_invariance_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         served.step({a: 64})
         served.step({a: 1})
     assert seen == [False, True, True]  # chunks are rows too then
+
+
+# --- draft models -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_draft_model_are_longer_than_the_hosts_bound() -> None:
+    """V2's speculator: rows of one more than is verified; the bound knows neither of that nor of what was rejected."""
+    engine, new = Engine(speculating(3)), 5
+    starts = np.array([0, new, new + 11], dtype=np.int32)
+    metadata = build_attn_metadata(
+        attn_groups=engine.groups, num_reqs=2, num_tokens=new + 11, query_start_loc_gpu=torch.from_numpy(starts),
+        query_start_loc_cpu=torch.from_numpy(starts), max_query_len=11,
+        seq_lens=torch.tensor([104, 11], dtype=torch.int32), max_seq_len=4096,
+        block_tables=[torch.zeros(2, 64, dtype=torch.int32)], slot_mappings=torch.zeros(1, 16, dtype=torch.int64),
+        kv_cache_config=engine.cache_config, seq_lens_cpu_upper_bound=torch.tensor([106, 10], dtype=torch.int32),
+        is_prefilling=torch.zeros(2, dtype=torch.bool),
+    )  # fmt: skip
+    (chunks,) = next(iter(metadata.values())).chunks
+    assert chunks.context_lens.tolist() == [104 - new, 0]
+
+
+def test_v1_lengthens_the_rows_of_a_draft_model() -> None:
+    engine, bounds = Engine(speculating(3)), torch.tensor([0, 10], dtype=torch.int32)
+    prompt = CommonAttentionMetadata(
+        query_start_loc=bounds, query_start_loc_cpu=bounds, seq_lens=torch.tensor([10], dtype=torch.int32), num_reqs=1,
+        num_actual_tokens=10, max_query_len=10, max_seq_len=10, slot_mapping=torch.zeros(10, dtype=torch.int64),
+        block_table_tensor=torch.zeros(1, 64, dtype=torch.int32), is_prefilling=torch.ones(1, dtype=torch.bool),
+        seq_lens_cpu_upper_bound=torch.tensor([10], dtype=torch.int32),
+    )  # fmt: skip
+    longer = extend_all_queries_by_N(prompt, 1, torch.arange(8, dtype=torch.int32), torch.zeros(11, dtype=torch.int64))
+    (chunks,) = engine.builder.build_for_drafting(longer, 0).chunks
+    assert chunks.context_lens.tolist() == [0]
 
 
 # --- the host's part --------------------------------------------------------------------------------------------------

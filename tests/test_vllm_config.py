@@ -6,6 +6,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import distributions
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,6 +240,8 @@ def test_a_second_engine_of_a_process_is_not_given_the_first_ones_format() -> No
         ({"head_size": 4}, "too small"),
         ({"head_size": 320}, "up to 256 coordinates"),
         ({"use_mm_prefix": True}, "multimodal"),
+        ({"use_per_head_quant_scales": True}, "per-head"),
+        ({"use_sparse": True}, "sparse"),
     ],
     ids=str,
 )
@@ -249,7 +252,30 @@ def test_a_layer_that_cannot_be_compressed_is_refused(
     cfg = config("turboquant", explicit)
     with pytest.raises(ValueError, match="kvfold: ") as caught:
         choose(cfg, **question)
-    assert says in str(caught.value)
+    reasons = str(caught.value).split("kvfold: ")[1]
+    assert says in reasons
+    assert "--" in reasons or "head" in says or "coordinates" in says or "small" in says, "a way out"
+
+
+def test_ways_out_of_a_backend_that_was_named_do_not_speak_of_a_dtype() -> None:
+    with pytest.raises(ValueError, match=r"kvfold: .*; leave --attention-backend out"):
+        choose(config("auto", "turboquant"), attn_type="encoder_only")
+    with pytest.raises(ValueError, match="use --kv-cache-dtype turboquant instead and leave such layers"):
+        choose(config("auto", "turboquant"), has_sliding_window=True)
+
+
+def test_blocks_are_not_handed_to_others() -> None:
+    """NIXL may cut a block by heads, and one of several pages is not in the order of heads."""
+    assert not class_of(KVFormat.parse("k4v4")).supports_kv_connector()
+
+
+def test_a_draft_models_own_cache_is_its_own() -> None:
+    cfg = config("auto", additional={"turboquant": "k3v3"})
+    object.__setattr__(cfg, "speculative_config", SimpleNamespace(kv_cache_dtype="auto"))
+    assert Settings.of(cfg) is None
+    object.__setattr__(cfg, "speculative_config", SimpleNamespace(kv_cache_dtype=None))
+    with pytest.raises(EngineConfigError, match="add --kv-cache-dtype turboquant"):
+        Settings.of(cfg)
 
 
 def test_mla_is_refused() -> None:

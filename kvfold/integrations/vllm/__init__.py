@@ -30,7 +30,8 @@ def register() -> None:
         from vllm.config.cache import get_kv_cache_dtype_handler, register_kv_cache_dtype
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
         from vllm.v1.kv_cache_interface import KVQuantMode
-    except ImportError as error:
+        slot = AttentionBackendEnum.TURBOQUANT
+    except (ImportError, AttributeError) as error:
         # an exception here would keep vLLM from starting for somebody who has no use for kvfold in it
         logging.getLogger("vllm.kvfold").warning(
             "kvfold is not available in this vLLM: %s. It needs the hooks of vLLM 0.33; pip install 'vllm>=0.33'", error
@@ -53,7 +54,6 @@ def register() -> None:
         handler = get_kv_cache_dtype_handler(name)
         if handler is None or not type(handler).__module__.startswith("kvfold."):
             register_kv_cache_dtype(name)(type(Handler.__name__, (Handler,), {"name": name}))
-    slot = AttentionBackendEnum.TURBOQUANT
     if slot.get_path() != BACKEND:
         if slot.is_overridden():
             logging.getLogger("vllm.kvfold").warning("kvfold replaces %s in slot TURBOQUANT", slot.get_path())

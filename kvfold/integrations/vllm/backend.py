@@ -41,6 +41,8 @@ _WAYS_OUT = {
     "dtype not supported": "models run in bfloat16 or float16; add --dtype bfloat16",
     "MLA not supported": "the latent cache of MLA is not compressed; leave --kv-cache-dtype out for this model",
     "PCP not supported": "context parallelism is not supported; leave --prefill-context-parallel-size out",
+    "KV connector not supported": "KV transfer is not supported; leave --kv-transfer-config out",
+    "device-cpu query lens mismatch not supported": "adaptive verification is not supported; leave it out",
     "DCP not supported": "context parallelism is not supported; leave --decode-context-parallel-size out",
 }
 
@@ -165,13 +167,21 @@ class CompressedBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False  # one that cuts blocks by heads would cut pages where a block has several
+
+    @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         return False  # batches are cut into decodes and chunks by the lengths that the host knows
 
     @classmethod
     def validate_configuration(cls, *args: Any, **question: Any) -> list[str]:
         reasons = super().validate_configuration(*args, **question)
-        reasons = [_WAYS_OUT.get(reason, reason) for reason in reasons]
+        way_out = f"leave {'--attention-backend' if cls.by_name else '--kv-cache-dtype'} out for this model"
+        reasons = [_WAYS_OUT.get(reason, f"{reason}; {way_out}") for reason in reasons]
+        if cls.by_name:  # which serves every layer, and has no dtype that could be skipped
+            other = f"use --kv-cache-dtype turboquant instead and {_SKIP}"
+            reasons = [reason.replace(_SKIP, other) for reason in reasons]
         head_size = question.get("head_size")
         if head_size is not None and not question.get("use_mla") and (reason := why_not_served(cls.format, head_size)):
             reasons.append(reason)

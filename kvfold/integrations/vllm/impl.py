@@ -77,6 +77,11 @@ class CompressedImpl(AttentionImpl[Metadata]):
         # its tokens are stored by the layer that it shares the cache with, so that it has none of its own to see
         self.shares = kv_sharing_target_layer_name is not None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        if self.shares and config.cache_config.kv_sharing_fast_prefill:
+            raise EngineConfigError(
+                "--kv-sharing-fast-prefill cuts batches on the device, and kvfold by lengths on the host: leave it out"
+            )
+        self._engine = id(config.compilation_config.static_forward_context)  # which has one of its own
         self._layout: PageLayout | None = None
         self._query_lens = {1, max_decode_query_len(config)}
         self._max_rows = config.scheduler_config.max_num_seqs
@@ -150,10 +155,11 @@ class CompressedImpl(AttentionImpl[Metadata]):
         capture of a CUDA graph; a prefill has windows of the prefix. Layers of one kind share all that, so only the
         first of them does it.
         """
-        kind = (layout, self.num_heads, self.num_kv_heads, query.dtype, query.device, self.softcap is None,
-                self.settings.chunk, self.batch_invariant, tuple(sorted(self._query_lens)), len(query))  # fmt: skip
-        if kind in _warm:
+        kind = (self._engine, layout, self.num_heads, self.num_kv_heads, query.dtype, query.device,
+                self.softcap is None, self.settings.chunk, self.batch_invariant)  # fmt: skip
+        if kind in _warm:  # the run that is measured comes first, and is the largest
             return
+        _warm.intersection_update({other for other in _warm if other[0] == self._engine})
         _warm.add(kind)
         device = query.device
         pages = torch.zeros(layout.page_shape(1, self.num_kv_heads), dtype=torch.uint8, device=device)
@@ -177,8 +183,8 @@ class CompressedImpl(AttentionImpl[Metadata]):
         # a chunk as long as any, behind a prefix that fills the windows, as far as a request has room for both
         fills = _WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
         context = min(fills, self._max_tokens // 2)
-        # and the ends of prompts, a token or some, and their beginnings, which have kernels of their own
-        for before, count in ((context, self._max_tokens - context), (1, 1), (1, 3), (0, 2)):
+        # and beginnings of prompts, and their ends, a token or some, which have kernels of their own
+        for before, count in ((context, self._max_tokens - context), (0, len(query)), (1, 1), (1, 3)):
             new, exact = min(len(query), count), self.settings.chunk == "exact" and not self.shares
             with torch.inference_mode(False):
                 read = torch.tensor([before if exact else before + new], dtype=torch.int32, device=device)

@@ -156,6 +156,10 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
                 metadata.chunks.append(self._chunks(batch, first, last, starts, table))
         return metadata
 
+    def build_for_drafting(self, common_attn_metadata: CommonAttentionMetadata, draft_index: int) -> Metadata:
+        """The batch of a draft model, whose rows are longer than the host's bound of their lengths says."""
+        return self.build(0, common_attn_metadata.replace(seq_lens_cpu_upper_bound=None), fast_build=True)
+
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Metadata:
         """The batch of a graph that serves every batch of its size: one call, with as many rows as the graph has."""
         batch = common_attn_metadata
@@ -185,6 +189,7 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         rows, columns = block_table.shape
         if rows > len(self._page_table):  # larger than any graph
             return (block_table[:, :, None] * self.pages_per_block + self._within).flatten(1)
+        assert columns <= self._page_table.shape[1], f"a row of {columns} blocks is wider than {self._page_table.shape}"
         out = self._page_table[:rows, :columns]
         torch.add(self._within, block_table[:, :, None], alpha=self.pages_per_block, out=out)
         return out.flatten(1)
@@ -205,8 +210,9 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
     def _chunks(
         self, batch: CommonAttentionMetadata, first: int, last: int, starts: np.ndarray, table: torch.Tensor
     ) -> Chunks:
-        lengths = batch.seq_lens_cpu_upper_bound  # exact for chunks of prompts
-        if lengths is None:
+        lengths = batch.seq_lens_cpu_upper_bound  # exact for chunks of prompts, not for the long rows of a draft model
+        prompts = batch.is_prefilling is None or bool(batch.is_prefilling[first:last].all())
+        if lengths is None or not prompts:
             lengths = batch.seq_lens.cpu()
         seq_lens = lengths[first:last].numpy()
         bounds = starts[first : last + 1] - starts[first]

@@ -46,6 +46,9 @@ class Settings:
         if config is None or config.cache_config is None:
             return None
         name = config.cache_config.cache_dtype
+        drafts = getattr(config, "speculative_config", None)
+        if drafts is not None and name not in DTYPES and name == getattr(drafts, "kv_cache_dtype", None):
+            return None  # a draft model's own cache, with the options of the model that it drafts for
         asked = _asked(config.additional_config)
         by_name = name == "auto" and is_chosen(config.attention_config)
         if name not in DTYPES and not by_name:
