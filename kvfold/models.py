@@ -103,6 +103,8 @@ def _convert(gguf: Path, folder: Path, say: Say) -> None:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(folder)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # the weights are written de-quantised; vLLM would look for GGUF
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()

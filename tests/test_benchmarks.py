@@ -1,0 +1,52 @@
+"""What the scripts in benchmarks/ compute apart from a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_answers_agree_up_to_the_first_token_that_differs() -> None:
+    agreement = script("vllm_answers").agreement
+    assert agreement([[1, 2, 3], [1, 2, 3], [9]], [[1, 2, 3], [1, 7, 3], [8]]) == [3, 1, 0]
+
+
+def test_prompts_are_pieces_of_the_text_that_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    class Words:
+        def __init__(self, text: str) -> None:
+            self.input_ids = [int(word) for word in text.split()]
+
+    answers = script("vllm_answers")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda folder: Words)
+    text = " ".join(map(str, range(700)))
+    prompts = answers.prompts_of(text, FOLDER, 3, 300)
+    assert [len(prompt) for prompt in prompts] == [100, 200, 300]
+    assert [token for prompt in prompts for token in prompt] == list(range(600))
+    with pytest.raises(SystemExit, match="the text has 700 tokens, and 3 prompts of up to 400 take 750"):
+        answers.prompts_of(text, FOLDER, 3, 400)
+
+
+def test_caches_are_compared_with_the_first() -> None:
+    def cache(dtype: str, tokens: int, rate: float, seconds: float) -> dict[str, object]:
+        row = {"case": "8x10", "batch": 8, "prefill_seconds": seconds, "decode_tokens_per_second": rate}
+        return {"dtype": dtype, "tokens": tokens, "cases": [row]}
+
+    text = script("vllm_engine").compare([cache("auto", 100, 50.0, 2.0), cache("turboquant", 388, 100.0, 1.0)])
+    assert "turboquant: 388 tokens, 3.88x" in text
+    assert " ".join(text.splitlines()[3].split()) == "8x10 batch 8 decode 100.0 tok/s 2.00x prefill 1.00 s 0.50x"
