@@ -7,6 +7,7 @@ comes from its ``build_attn_metadata``.
 # ruff: noqa: I001 (the stand-in comes before vLLM)
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from kvfold.errors import ShapeError, UnsupportedModelError
 from kvfold.integrations.vllm import impl as impl_module
 from kvfold.integrations.vllm.impl import as_pages
 from kvfold.layout import PageLayout
+from kvfold.ops import cuda
 from vllm_stand_in import Engine, config
 
 PACKED = {"turboquant": {"chunk": "packed"}}
@@ -472,6 +474,69 @@ def test_a_batch_that_sees_the_future_is_refused() -> None:
     batch = stand_in.types.SimpleNamespace(causal=False)
     with pytest.raises(UnsupportedModelError, match="behind the query"):
         engine.builder.build(0, batch)
+
+
+class Compiled:
+    """In place of :func:`kvfold.ops.cuda.runtime.kernel`: which kernels are asked for. They do nothing."""
+
+    def __init__(self) -> None:
+        self.asked: set[tuple[Any, ...]] = set()
+
+    def __call__(self, file: str, entry: str, device: torch.device, **defines: int | str) -> Any:
+        self.asked.add((file, entry, *sorted(defines.items())))
+        return SimpleNamespace(launch=lambda *args, **options: None)
+
+
+@pytest.mark.parametrize("library", ["fa3", "cudnn"])
+@pytest.mark.parametrize("invariant", ["0", "1"])
+def test_serving_compiles_nothing_that_the_warm_up_has_not(
+    invariant: str, library: str, additional: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CUDA kernels are compiled when they are first asked for, which takes seconds."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", invariant)
+    kernels, none = Compiled(), SimpleNamespace(multi_processor_count=132)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(q), torch.zeros(q.shape[:-1])
+
+    for owner, name, value in (
+        (cuda.runtime, "kernel", kernels), (cuda, "available", lambda device: None),
+        (cuda.dense, "choose", lambda device: library), (cuda.dense, "cudnn", attend),
+        (cuda.dense, "flash_attention_3", attend), (torch.cuda, "get_device_properties", lambda index: none),
+        (torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0)),
+        (torch.cuda, "is_current_stream_capturing", lambda: False), (torch.cuda, "synchronize", lambda index: None),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, name, value)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: zeros(*a, **{n: x for n, x in k.items() if n != "device"}))
+    modules = (cuda.decode, cuda.expand, cuda.prefill, cuda.store)
+
+    def forget() -> None:
+        for module in modules:
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+    forget()
+    try:
+        with ops.backend("cuda"):
+            engine = Engine(speculating(3, additional=additional), head_size=128, heads=8)
+            impl = engine.layers[0].impl
+            impl_module._warm.clear()
+            q, k, v = (torch.zeros(2048, heads, 128, dtype=engine.dtype) for heads in (8, 2, 2))
+            impl.warm_up(q, k, v, PageLayout.of(impl.settings.format, 128, page_size=64))
+            warm = set(kernels.asked)
+            a, b, c = engine.add(), engine.add(), engine.add()
+            for rows in (
+                [(a, 0, 300), (b, 0, 5)], [(a, 300, 4), (b, 5, 1)], [(a, 304, 1), (b, 6, 9), (c, 0, 100)],
+                [(c, 100, 400), (a, 305, 17)],
+            ):  # fmt: skip
+                metadata, slots = engine.step(rows)
+                count = len(slots)
+                engine.run(metadata, slots, q[:count].flatten(1), k[:count].flatten(1), v[:count].flatten(1))
+    finally:
+        forget()
+    assert kernels.asked == warm
 
 
 def test_the_run_that_measures_memory_gives_zeros_and_warms_up() -> None:
