@@ -1,4 +1,4 @@
-"""The command line: ``kvfold formats``, ``plan``, ``generate``, ``compare`` and ``bench`` (reference: docs/cli.md).
+"""The command line: ``kvfold formats``, ``plan``, ``generate``, ``compare``, ``fidelity`` and ``bench`` (docs/cli.md).
 
 Exit codes: 0 done, 1 it failed, 2 wrong usage or input. An error is one line on stderr with the reason and the way out;
 results go to stdout, so that ``--json`` can be piped.
@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "how much context fits into a given memory, format by format",
     "generate": "let a model answer a prompt on a compressed cache",
     "compare": "the same answer on the ordinary and on a compressed cache: text, speed, bytes",
+    "fidelity": "how far a compressed cache moves a model's predictions: KL divergence, perplexity",
     "bench": "the kernels of a CUDA device beside what else there is, in one run",
 }
 """Name and help of every command; ``kvfold.commands.<name>`` has ``add_arguments`` and ``run``."""
