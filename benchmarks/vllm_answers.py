@@ -22,6 +22,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from vllm_engine import require
+
+from kvfold.models import smollm2_folder
+
 MODES: dict[str, dict[str, Any]] = {
     "alone": {"max_num_seqs": 1},
     "batched": {"max_num_seqs": 64},
@@ -38,20 +42,6 @@ MODES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """The first is what the others are compared with."""
 LONGEST = 8192
-
-
-def model_folder(name: str | None, folder: Path) -> Path:
-    """A directory that vLLM loads: the given one, or SmolLM2 without the word of its having been a GGUF file."""
-    if name:
-        return Path(name)
-    from kvfold.models import SMOLLM2, load
-
-    model, tokenizer = load(SMOLLM2, say=lambda text: print(text, file=sys.stderr))
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def prompts_of(text: str, folder: Path, count: int, longest: int) -> list[list[int]]:
@@ -115,9 +105,16 @@ def main() -> None:
         print(json.dumps(answer(json.loads(args.job.read_text()))))
         return
     answers, rows = {}, []
+    require(args.json, [args.dtype])
+    if not args.text.is_file():
+        sys.exit(f"{args.text}: there is no such file; --text names the text that prompts are cut from")
+    if args.model and not Path(args.model, "config.json").is_file():
+        sys.exit(
+            f"{args.model} has no config.json; --model names the directory of a model, or leave it out for SmolLM2"
+        )
+    folder = Path(args.model) if args.model else smollm2_folder(lambda text: print(text, file=sys.stderr))
+    prompts = prompts_of(args.text.read_text(encoding="utf-8"), folder, args.prompts, args.longest)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = model_folder(args.model, Path(scratch, "model"))
-        prompts = prompts_of(args.text.read_text(encoding="utf-8"), folder, args.prompts, args.longest)
         for mode in dict.fromkeys([next(iter(MODES)), *args.modes]):
             job = Path(scratch, "job.json")
             job.write_text(json.dumps({

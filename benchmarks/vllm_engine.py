@@ -21,6 +21,8 @@ import sys
 import tempfile
 import time
 from datetime import datetime, timezone
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,34 @@ CONFIG = {
     "max_position_embeddings": 40960, "hidden_act": "silu", "attention_bias": False, "bos_token_id": 151643,
     "eos_token_id": 151645, "use_cache": True,
 }  # fmt: skip
+
+
+def case(text: str) -> str:
+    """A case as it stands on the command line."""
+    batch, _, length = text.partition("x")
+    if text != "full" and not (batch.isdigit() and length.isdigit() and int(batch) and int(length)):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither batch x prompt tokens, like 8x8192, nor 'full'")
+    return text
+
+
+def is_ours(dtype: str) -> bool:
+    """Whether a cache dtype is kvfold's."""
+    return dtype == "turboquant" or dtype.startswith("kvfold_")
+
+
+def require(json_file: Path | None, dtypes: list[str]) -> None:
+    """End the program, before minutes of measuring, if it cannot measure or write what it measured."""
+    if find_spec("vllm") is None:
+        sys.exit("vLLM is not installed: pip install 'kvfold[vllm]'")
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device, and this measures vLLM on one")
+    plugins = {plugin.name for plugin in entry_points(group="vllm.general_plugins")}
+    if any(map(is_ours, dtypes)) and "kvfold" not in plugins:
+        sys.exit("vLLM does not find kvfold's plugin, as kvfold is not installed: pip install -e '.[vllm]'")
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        sys.exit(f"{json_file}: there is no folder {json_file.absolute().parent}")
 
 
 class Timing(NamedTuple):
@@ -78,14 +108,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         tokens = cache.kv_cache_size_tokens or cache.num_gpu_blocks * cache.block_size
         result: dict[str, Any] = {"dtype": args.one, "tokens": tokens, "block_size": cache.block_size, "cases": []}
         draw = random.Random(0)
-        for case in args.cases:
-            batch, length = (tokens // (LONG + args.new), LONG) if case == "full" else map(int, case.split("x"))
+        for name in args.cases:
+            batch, length = (tokens // (LONG + args.new), LONG) if name == "full" else map(int, name.split("x"))
             prompts = [[draw.randrange(100, 100_000) for _ in range(length)] for _ in range(batch)]
             few = prompts if length < 1000 else prompts[: min(batch, 8)]  # enough for every kernel to be used
             serve(llm.llm_engine, few, 8)
             timing = serve(llm.llm_engine, prompts, 1 + args.new)
             row = {
-                "case": case, "batch": batch, "prompt": length, "prefill_seconds": timing.prefill,
+                "case": name, "batch": batch, "prompt": length, "prefill_seconds": timing.prefill,
                 "decode_tokens_per_second": timing.decoded / timing.decode,
             }  # fmt: skip
             print(f"{args.one}: {json.dumps(row)}", file=sys.stderr, flush=True)
@@ -111,7 +141,9 @@ def compare(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["auto", "fp8", "turboquant"], help="the first is the baseline")
-    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument(
+        "--cases", nargs="+", type=case, default=list(CASES), help="batch x tokens, or full (%(default)s)"
+    )
     parser.add_argument("--new", type=int, default=128, help="tokens to decode after the first")
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--utilization", type=float, default=0.5, help="gpu_memory_utilization")
@@ -122,12 +154,13 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args)))
         return
+    require(args.json, args.dtypes)
     results = []
     for dtype in args.dtypes:
-        ours = dtype.startswith(("turboquant", "kvfold_"))
+        additional = args.additional if is_ours(dtype) else "{}"
         command = [
             sys.executable, __file__, "--one", dtype, "--cases", *args.cases, "--new", str(args.new), "--layers",
-            str(args.layers), "--utilization", str(args.utilization), "--additional", args.additional if ours else "{}",
+            str(args.layers), "--utilization", str(args.utilization), "--additional", additional,
         ]  # fmt: skip
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=False, env={"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ

@@ -52,7 +52,7 @@ def load(name: str, say: Say = lambda text: None) -> tuple[Any, Any]:
         raise KVFoldError(f"loading a model needs transformers ({error}): pip install 'kvfold[demo]'") from None
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UnsupportedModelError(f"cannot load model {name!r}: there is no such directory")
-    path = str(_smollm2(say)) if name == SMOLLM2 else name
+    path = str(smollm2_folder(say)) if name == SMOLLM2 else name
     say(f"loading {name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -63,9 +63,13 @@ def load(name: str, say: Say = lambda text: None) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _smollm2(say: Say) -> Path:
-    """The folder of the converted model, made on first use."""
-    folder = cache_folder() / "smollm2-135m-instruct"
+def smollm2_folder(say: Say = lambda text: None) -> Path:
+    """The folder of the converted model, made on first use: as any program loads it, de-quantised.
+
+    Raises:
+        KVFoldError: It cannot be downloaded, or what came is something else.
+    """
+    folder = cache_folder() / "smollm2-135m-instruct-float32"
     if (folder / "model.safetensors").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)  # one script has what another needs
 
 
 def script(name: str) -> ModuleType:
@@ -50,3 +58,45 @@ def test_caches_are_compared_with_the_first() -> None:
     text = script("vllm_engine").compare([cache("auto", 100, 50.0, 2.0), cache("turboquant", 388, 100.0, 1.0)])
     assert "turboquant: 388 tokens, 3.88x" in text
     assert " ".join(text.splitlines()[3].split()) == "8x10 batch 8 decode 100.0 tok/s 2.00x prefill 1.00 s 0.50x"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("vllm_engine", ["--cases", "8by10"], "'8by10' is neither batch x prompt tokens, like 8x8192, nor 'full'"),
+        ("vllm_engine", ["--cases", "0x10"], "'0x10' is neither"),
+        ("vllm_engine", [], "vLLM is not installed: pip install"),
+        ("vllm_answers", ["--text", "nothing.txt"], "vLLM is not installed: pip install"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_once(name: str, arguments: list[str], says: str) -> None:
+    if importlib.util.find_spec("vllm") is not None and "installed" in says:
+        pytest.skip("vLLM is installed")
+    done = subprocess.run([sys.executable, FOLDER / f"{name}.py", *arguments], capture_output=True, text=True)
+    assert done.returncode
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_device_folder_text_and_model_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    engine = script("vllm_engine")
+    monkeypatch.setattr(engine, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="torch finds no CUDA device"):
+        engine.require(None, [])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match=r"there is no folder .*missing"):
+        engine.require(tmp_path / "missing" / "x.json", ["auto"])
+    engine.require(tmp_path / "x.json", ["auto", "fp8", "turboquant_4bit_nc"])
+    monkeypatch.setattr(engine, "entry_points", lambda group: [])
+    with pytest.raises(SystemExit, match="does not find kvfold's plugin"):
+        engine.require(None, ["auto", "turboquant"])
+    answers = script("vllm_answers")
+    monkeypatch.setattr(answers, "require", lambda file, dtypes: None)
+    monkeypatch.setattr(sys, "argv", ["vllm_answers.py", "--text", str(tmp_path / "nothing.txt")])
+    with pytest.raises(SystemExit, match=r"nothing\.txt: there is no such file; --text"):
+        answers.main()
+    (tmp_path / "text").write_text("Call me Ishmael.")
+    monkeypatch.setattr(sys, "argv", ["vllm_answers.py", "--text", str(tmp_path / "text"), "--model", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"no config\.json; --model"):
+        answers.main()
