@@ -350,7 +350,7 @@ def cudnn(
 
 def flash_attn_varlen_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool, out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """In place of FlashAttention-3's: the last query of a sequence sees all its keys."""
     assert q.dtype == k.dtype == v.dtype
@@ -364,7 +364,8 @@ def flash_attn_varlen_func(
         assert int(bounds[0]) == 0
         assert int(bounds[-1]) == len(x)
         assert int(bounds.diff().max()) == longest
-    out, lse = torch.empty_like(q), torch.empty(q.shape[1], len(q))
+    assert out is None or (out.shape, out.dtype, out.is_contiguous()) == (q.shape, q.dtype, True)
+    out, lse = torch.empty_like(q) if out is None else out, torch.empty(q.shape[1], len(q))
     for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
         queries, keys, values = (x.double().transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
         keys, values = (x.repeat_interleave(len(queries) // len(keys), dim=0) for x in (keys, values))
@@ -377,15 +378,17 @@ def flash_attn_varlen_func(
     return out, lse
 
 
-@pytest.fixture(params=["cudnn", "fa3"])
+@pytest.fixture(params=["cudnn", "fa3", "fa3 that allocates"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Prefill attention on a library's place, and on chunks of few rows."""
     monkeypatch.setattr(prefill, "_FEW_ROWS", 4)
     monkeypatch.setattr(dense, "cudnn", cudnn)
     monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
-    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func))
-    with dense.engine(request.param):
-        yield request.param
+    name, _, allocates = request.param.partition(" ")
+    found = dense._Found(flash_attn_varlen_func, takes_out=not allocates)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: found)
+    with dense.engine(name):
+        yield name
 
 
 @pytest.mark.parametrize("chunk", ["exact", "packed"])

@@ -76,17 +76,21 @@ def _no_hopper(device: torch.device) -> str | None:
 
 
 class _Found(NamedTuple):
-    """The function ``flash_attn_varlen_func`` that returns the log-sum-exp too, or why there is none."""
+    """The function ``flash_attn_varlen_func`` that returns the log-sum-exp too, or why there is none.
+
+    ``takes_out``: whether it writes where its caller wants.
+    """
 
     function: Callable[..., Any] | None
     missing: str | None = None
+    takes_out: bool = False
 
 
 def _flash_attention_3() -> _Found:
     """That of a vLLM which the process has imported, at any time, else of the package."""
     module = sys.modules.get(_VLLM)
     if module is not None and getattr(module, "FA3_AVAILABLE", False):
-        return _Found(partial(module.flash_attn_varlen_func, return_softmax_lse=True, fa_version=3))
+        return _Found(partial(module.flash_attn_varlen_func, return_softmax_lse=True, fa_version=3), takes_out=True)
     return _of_package()
 
 
@@ -118,6 +122,7 @@ def flash_attention_3(
     scale: float,
     bounds: torch.Tensor | None = None,
     longest: int = 0,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q ``[n, Hq, 128]`` to k and v ``[m, H, 128]``; the causal mask lets the last query see all keys.
 
@@ -127,18 +132,20 @@ def flash_attention_3(
     Args:
         bounds: int32 ``[B + 1]``, where sequences begin in q, and in k and v alike; default: it is one sequence.
         longest: Tokens of the longest of these.
+        out: Where the result is to be, ``[n, Hq, 128]``, contiguous, of q's dtype.
 
     Returns:
         out ``[n, Hq, 128]`` and log-sum-exp ``[n, Hq]``, of any strides.
     """
-    function = _flash_attention_3().function
+    function, _, takes_out = _flash_attention_3()
     assert function is not None  # or choose() would not have taken it
+    into = {"out": out} if out is not None and takes_out else {}
     of_q, of_k = (_bounds(len(x), x.device) if bounds is None else bounds for x in (q, k))
-    out, lse, *_ = function(
+    result, lse, *_ = function(
         q=q, k=k, v=v, cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=longest or len(q),
-        max_seqlen_k=longest or len(k), softmax_scale=scale, causal=causal,
+        max_seqlen_k=longest or len(k), softmax_scale=scale, causal=causal, **into,
     )  # fmt: skip
-    return out, lse.T
+    return result if out is None or takes_out else out.copy_(result), lse.T
 
 
 @lru_cache(maxsize=1024)

@@ -324,8 +324,7 @@ def _attend_to_beginnings(
     starts = cu_seqlens[first : first + len(bounds)]
     own_q, own_k, own_v = (_readable(_rows(x, begin, end), q.dtype) for x in (q, k, v))
     starts = (starts - begin if begin else starts).int()
-    result, states = dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest)
-    out[begin:end] = result
+    _, states = dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest, _rows(out, begin, end))
     lse[begin:end] = states
 
 
