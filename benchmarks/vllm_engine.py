@@ -151,9 +151,10 @@ def main() -> None:
     parser.add_argument("--additional", default="{}", help="--additional-config of kvfold's dtypes")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args)))
+        args.result.write_text(json.dumps(measure(args)))  # a file, as vLLM may log to stdout
         return
     require(args.json, args.dtypes)
     head: dict[str, Any] = {
@@ -167,12 +168,12 @@ def main() -> None:
             sys.executable, __file__, "--one", dtype, "--cases", *args.cases, "--new", str(args.new), "--layers",
             str(args.layers), "--utilization", str(args.utilization), "--additional", additional,
         ]  # fmt: skip
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=False, env={"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
-        )
-        if done.returncode:
-            sys.exit(f"{dtype} failed, see above")
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+        with tempfile.TemporaryDirectory() as scratch:
+            result = Path(scratch, "result.json")
+            env = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
+            if subprocess.run([*command, "--result", str(result)], check=False, env=env).returncode:
+                sys.exit(f"{dtype} failed, see above")
+            results.append(json.loads(result.read_text()))
         head["environment"] = results[-1].pop("environment")
         if args.json:
             args.json.write_text(json.dumps(head | {"caches": results}, indent=1) + "\n")
