@@ -1,23 +1,32 @@
 """Does it matter how vLLM serves a request? Greedy answers of real weights, served in every way, are compared.
 
     python benchmarks/vllm_answers.py --text book.txt --json answers.json
+    python benchmarks/vllm_answers.py --text book.txt --default --json default.json
 
 With ``chunk=packed`` and ``VLLM_BATCH_INVARIANT=1`` a token's attention is a function of its position and of the bytes
-before it (docs/vllm.md), and vLLM's own layers do not depend on the batch: the answers have to be equal. With
-``--default`` neither is set, and the figures say how soon answers part.
+before it (docs/vllm.md), and vLLM's own layers do not depend on the batch: the answers have to be equal.
+
+With ``--default`` neither is set, and what is compared is how far the cache moves the next-token distributions: the KL
+divergence from the same model with vLLM's own cache, over the tokens that both answers begin with and the first that
+differs, of the ``--logprobs`` likeliest tokens and the rest as one. Intervals (95 %) are bootstrapped over prompts, and
+so are those of a mode's difference from the first one.
 
 Prompts are pieces of the text of 100 tokens to ``--longest``. Needs a GPU and vLLM 0.33; the model is SmolLM2 unless
-``--model`` names a directory.
+``--model`` names a directory. Each way of serving has a process of its own; with ``--jobs`` several run at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import random
+import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,21 +36,26 @@ from vllm_engine import require
 from kvfold.models import smollm2_folder
 
 MODES: dict[str, dict[str, Any]] = {
+    "batched": {},
     "alone": {"max_num_seqs": 1},
-    "batched": {"max_num_seqs": 64},
-    "in chunks": {"max_num_seqs": 64, "max_num_batched_tokens": 512},
-    "preempted": {"max_num_seqs": 64, "num_gpu_blocks_override": 256},
-    "prefix hits": {"max_num_seqs": 64, "enable_prefix_caching": True},
+    "in chunks": {"max_num_batched_tokens": 512},
+    "preempted": {"num_gpu_blocks_override": 256},
+    "prefix hits": {"enable_prefix_caching": True},
     "n-grams": {
-        "max_num_seqs": 64,
         "speculative_config": {
             "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1,
         },
     },
-    "without graphs": {"max_num_seqs": 64, "enforce_eager": True},
+    "graphs": {},  # without them, or with, unlike the others
+    "2 GPUs": {"tensor_parallel_size": 2},
 }  # fmt: skip
 """The first is what the others are compared with."""
+FIRST = "batched"
 LONGEST = 8192
+METRICS = ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens", "vllm:prefix_cache_hits")
+
+Distribution = dict[str, float]
+"""Log-probabilities of the likeliest tokens."""
 
 
 def prompts_of(text: str, folder: Path, count: int, longest: int) -> list[list[int]]:
@@ -57,27 +71,38 @@ def prompts_of(text: str, folder: Path, count: int, longest: int) -> list[list[i
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: the answers of one mode."""
+    """In a process of its own: the answers of one mode, and the distributions of their tokens if asked for."""
     from vllm import LLM, SamplingParams
 
-    options = {"enable_prefix_caching": False, "gpu_memory_utilization": 0.5} | MODES[job["mode"]]
-    additional = {} if job["default"] else {"turboquant": {"chunk": "packed"}}
+    options = {"max_num_seqs": 64, "enable_prefix_caching": False} | MODES[job["mode"]]
+    ours = job["dtype"] != "auto"
     llm = LLM(
         model=job["model"], skip_tokenizer_init=True, dtype="bfloat16", seed=0, kv_cache_dtype=job["dtype"],
-        max_model_len=LONGEST, disable_log_stats=False, **options,
-        additional_config=additional if job["dtype"] != "auto" else {},
+        max_model_len=LONGEST, disable_log_stats=False, max_logprobs=max(job["logprobs"] or 0, 20),
+        enforce_eager=job["eager"] != (job["mode"] == "graphs"), **options,
+        # so many bytes, and no measurement of what is free, so that other engines may start meanwhile
+        gpu_memory_utilization=0.05, kv_cache_memory_bytes=4 * 2**30,
+        additional_config={"turboquant": {"chunk": "packed"}} if ours and not job["default"] else {},
     )  # fmt: skip
-    params = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False)
+    params = SamplingParams(
+        temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=job["logprobs"]
+    )
     given = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
     if options["enable_prefix_caching"]:
         llm.generate(given, params, use_tqdm=False)  # the second time prefixes are there
-    outputs = llm.generate(given, params, use_tqdm=False)
+    outputs = [output.outputs[0] for output in llm.generate(given, params, use_tqdm=False)]
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    names = ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens", "vllm:prefix_cache_hits")
     return {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "metrics": {name: metrics.get(name) for name in names},
+        "tokens": [list(output.token_ids) for output in outputs],
+        "distributions": [
+            [{str(token): value.logprob for token, value in likeliest.items()} for likeliest in output.logprobs or ()]
+            for output in outputs
+        ],
+        "metrics": {name: metrics.get(name) for name in METRICS},
     }
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
 
 
 def agreement(one: list[list[int]], other: list[list[int]]) -> list[int]:
@@ -88,6 +113,76 @@ def agreement(one: list[list[int]], other: list[list[int]]) -> list[int]:
     ]
 
 
+def divergence(p: Distribution, q: Distribution) -> float:
+    """KL(p, q) in nats, of the tokens that are among the likeliest of both, and of all others as one event."""
+    shared = p.keys() & q.keys()
+    rest_p, rest_q = (max(1 - sum(math.exp(x[token]) for token in shared), 1e-6) for x in (p, q))
+    return sum(math.exp(p[t]) * (p[t] - q[t]) for t in shared) + rest_p * math.log(rest_p / rest_q)
+
+
+def divergences(exact: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """The mean of each prompt's, over the positions that have the same tokens before them."""
+    result = []
+    for n, same in enumerate(agreement(exact["tokens"], other["tokens"])):
+        pairs = zip(exact["distributions"][n][: same + 1], other["distributions"][n][: same + 1], strict=True)
+        result.append(statistics.fmean(divergence(p, q) for p, q in pairs))
+    return result
+
+
+def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
+    """Of the mean, 95 %, bootstrapped."""
+    draw = random.Random(0)
+    means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(draws))
+    return means[draws * 25 // 1000], means[draws * 975 // 1000]
+
+
+def compare_answers(answers: dict[str, dict[str, Any]], new: int) -> list[dict[str, Any]]:
+    """A row of every mode: how many answers are those of the first."""
+    rows = []
+    for mode, its in answers.items():
+        same = agreement(answers[FIRST]["tokens"], its["tokens"])
+        row = {"mode": mode, "equal": sum(n == new for n in same), "of": len(same), "same_tokens": same}
+        rows.append(row | its["metrics"])
+        print(f"{mode:>12}: {row['equal']} of {len(same)} answers are equal, for {statistics.fmean(same):.1f} tokens")
+    return rows
+
+
+def compare_divergences(exact: dict[str, Any], answers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row of every mode: how far from the exact cache, and how much further than the first."""
+    rows = []
+    first = divergences(exact, answers[FIRST])
+    for mode, its in answers.items():
+        values = divergences(exact, its)
+        further = [x - y for x, y in zip(values, first, strict=True)]
+        kl, between = statistics.fmean(values), interval(values)
+        more, (low, high) = statistics.fmean(further), interval(further)
+        row = {"mode": mode, "kl": kl, "kl_interval": between, "further": more, "further_interval": (low, high)}
+        rows.append(row | {"kl_of_prompts": values} | its["metrics"])
+        print(
+            f"{mode:>12}: KL {kl:.5f} [{between[0]:.5f}, {between[1]:.5f}], further than {FIRST} by {more:+.5f} "
+            f"[{low:+.5f}, {high:+.5f}]{'' if low <= 0 <= high else '  DIFFERS'}"
+        )
+    return rows
+
+
+# --- the program ------------------------------------------------------------------------------------------------------
+
+
+def serve(job: dict[str, Any], scratch: Path) -> dict[str, Any] | None:
+    """Run a job; None if it failed."""
+    name = f"{job['dtype']} {job['mode']}".replace(" ", "-")
+    given, result = scratch / f"{name}.json", scratch / f"{name}.answers.json"
+    given.write_text(json.dumps(job))
+    env = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ | ({} if job["default"] else {"VLLM_BATCH_INVARIANT": "1"})
+    command = [sys.executable, __file__, "--text", "-", "--job", str(given), "--result", str(result)]
+    if subprocess.run(command, check=False, env=env).returncode:
+        print(f"{name} failed, see above", file=sys.stderr, flush=True)
+        return None
+    print(f"{name} is done", file=sys.stderr, flush=True)
+    loaded: dict[str, Any] = json.loads(result.read_text())
+    return loaded
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="what prompts are cut from")
@@ -96,15 +191,22 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--longest", type=int, default=6000, help="tokens of the longest prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--default", action="store_true", help="neither chunk=packed nor VLLM_BATCH_INVARIANT")
+    parser.add_argument(
+        "--modes", nargs="+", choices=list(MODES), default=[m for m in MODES if m != "2 GPUs"], help="(all on one GPU)"
+    )
+    parser.add_argument(
+        "--eager", action="store_true", help="CUDA graphs in the mode 'graphs' alone, not in all others"
+    )
+    parser.add_argument("--default", action="store_true", help="neither chunk=packed nor VLLM_BATCH_INVARIANT: KL")
+    parser.add_argument("--logprobs", type=int, default=64, help="likeliest tokens, with --default")
+    parser.add_argument("--jobs", type=int, default=1, help="engines at a time")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
-        print(json.dumps(answer(json.loads(args.job.read_text()))))
+        args.result.write_text(json.dumps(answer(json.loads(args.job.read_text()))))
         return
-    answers, rows = {}, []
     require(args.json, [args.dtype])
     if not args.text.is_file():
         sys.exit(f"{args.text}: there is no such file; --text names the text that prompts are cut from")
@@ -114,33 +216,35 @@ def main() -> None:
         )
     folder = Path(args.model) if args.model else smollm2_folder(lambda text: print(text, file=sys.stderr))
     prompts = prompts_of(args.text.read_text(encoding="utf-8"), folder, args.prompts, args.longest)
-    with tempfile.TemporaryDirectory() as scratch:
-        for mode in dict.fromkeys([next(iter(MODES)), *args.modes]):
-            job = Path(scratch, "job.json")
-            job.write_text(json.dumps({
-                "mode": mode, "model": str(folder), "dtype": args.dtype, "prompts": prompts, "new": args.new,
-                "default": args.default,
-            }))  # fmt: skip
-            env = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
-            env |= {} if args.default else {"VLLM_BATCH_INVARIANT": "1"}
-            command = [sys.executable, __file__, "--text", str(args.text), "--job", str(job)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)
-            if done.returncode:
-                sys.exit(f"{mode!r} failed, see above")
-            answers[mode] = json.loads(done.stdout.splitlines()[-1])
-            same = agreement(answers[next(iter(MODES))]["tokens"], answers[mode]["tokens"])
-            equal = sum(n == args.new for n in same)
-            row = {"mode": mode, "equal": equal, "of": len(same), "same_tokens": same}
-            rows.append(row | answers[mode]["metrics"])
-            mean = sum(same) / len(same)
-            print(f"{mode:>16}: {equal} of {len(same)} answers are equal, for {mean:.1f} tokens", flush=True)
+    job = {
+        "model": str(folder), "prompts": prompts, "new": args.new, "default": args.default, "eager": args.eager,
+        "logprobs": args.logprobs if args.default else None,
+    }  # fmt: skip
+    modes = list(dict.fromkeys([FIRST, *args.modes]))
+    wanted = [("auto", FIRST)] * args.default + [(args.dtype, mode) for mode in modes]
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
+        started = {
+            pool.submit(serve, job | {"dtype": dtype, "mode": mode}, Path(scratch)): (dtype, mode)
+            for dtype, mode in wanted
+        }
+        done = {started[future]: future.result() for future in as_completed(started)}
+    failed = [f"{dtype} {mode}" for dtype, mode in wanted if done[dtype, mode] is None]
+    answers = {mode: its for mode in modes if (its := done[args.dtype, mode]) is not None}
+    exact = done.get(("auto", FIRST))
+    if FIRST not in answers or (args.default and exact is None):
+        sys.exit(f"failed: {', '.join(failed)}; without them there is nothing to compare with")
+    rows = compare_answers(answers, args.new) if exact is None else compare_divergences(exact, answers)
     if args.json:
         from kvfold.commands.bench import environment_of_gpu
 
         head = {"command": " ".join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        settings = {"dtype": args.dtype, "new": args.new, "prompts": [len(p) for p in prompts], "default": args.default}
-        result = head | {"environment": environment_of_gpu(None), "settings": settings, "modes": rows}
+        settings = {"dtype": args.dtype, "prompts": [len(p) for p in prompts]} | {
+            key: job[key] for key in ("new", "default", "eager", "logprobs")
+        }
+        result = head | {"environment": environment_of_gpu(None), "settings": settings, "modes": rows, "failed": failed}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

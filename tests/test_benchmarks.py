@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,23 @@ def script(name: str) -> ModuleType:
 def test_answers_agree_up_to_the_first_token_that_differs() -> None:
     agreement = script("vllm_answers").agreement
     assert agreement([[1, 2, 3], [1, 2, 3], [9]], [[1, 2, 3], [1, 7, 3], [8]]) == [3, 1, 0]
+
+
+def test_divergences_end_with_the_first_token_that_differs() -> None:
+    answers = script("vllm_answers")
+    p, q = {"1": math.log(0.5), "2": math.log(0.3)}, {"1": math.log(0.25), "3": math.log(0.6)}
+    want = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)  # token 1, and all others
+    assert answers.divergence(p, q) == pytest.approx(want)
+    assert answers.divergence(p, p) == 0
+    exact = {"tokens": [[1, 2, 3], [4, 5, 6]], "distributions": [[p, p, p], [p, p, p]]}
+    other = {"tokens": [[1, 9, 9], [4, 5, 6]], "distributions": [[p, q, q], [q, q, q]]}
+    assert answers.divergences(exact, other) == pytest.approx([want / 2, want])
+    low, high = answers.interval([0.0, 1.0] * 50)
+    assert 0.35 < low < 0.45
+    assert 0.55 < high < 0.65
+    rows = answers.compare_divergences(exact, {"batched": exact | {"metrics": {}}, "alone": other | {"metrics": {}}})
+    assert [row["kl"] for row in rows] == pytest.approx([0, 0.75 * want])
+    assert rows[1]["further"] == pytest.approx(0.75 * want)
 
 
 def test_prompts_are_pieces_of_the_text_that_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
