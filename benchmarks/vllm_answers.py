@@ -39,7 +39,7 @@ MODES: dict[str, dict[str, Any]] = {
     "batched": {},
     "alone": {"max_num_seqs": 1},
     "in chunks": {"max_num_batched_tokens": 512},
-    "preempted": {"num_gpu_blocks_override": 256},
+    "preempted": {"num_gpu_blocks_override": 136},
     "prefix hits": {"enable_prefix_caching": True},
     "n-grams": {
         "speculative_config": {
