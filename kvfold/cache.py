@@ -60,6 +60,8 @@ class PagedKVCache(Sequences):
         shape = (self.num_layers, *self.layout.page_shape(self.num_pages, self.num_kv_heads))
         self.pages = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.device = self.pages.device
+        # of a page that a sequence has opened: the page before it there, or -1
+        self._before = torch.full((self.num_pages,), -1, dtype=torch.int64, device=self.device)
 
     @classmethod
     def for_memory(
@@ -88,18 +90,19 @@ class PagedKVCache(Sequences):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of one token in all layers."""
+        """Bytes of one token in all layers; what pages hold beside their tokens is left out."""
         return self.num_layers * self.num_kv_heads * self.layout.token_bytes
 
     @property
     def bytes_allocated(self) -> int:
         """Bytes of all pages of all layers, free ones included."""
-        return self.num_pages * self.page_size * self.bytes_per_token
+        return self.pages.nbytes
 
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the pages that sequences hold, shared ones once, a partly filled one whole."""
-        return (self.num_pages - self.free_pages) * self.page_size * self.bytes_per_token
+        page_bytes = self.num_layers * self.num_kv_heads * self.layout.page_bytes
+        return (self.num_pages - self.free_pages) * page_bytes
 
     # --- write --------------------------------------------------------------------------------------------------------
 
@@ -125,11 +128,26 @@ class PagedKVCache(Sequences):
             source, target = torch.tensor(moves, device=self.device).unbind(1)
             self.pages[:, target] = self.pages[:, source]
         slots = [torch.empty(0, dtype=torch.int64), *(self._slots(key, begin) for key, begin in begins.items())]
+        if self.format.mean:
+            self._remember_pages_before(begins)
         return torch.cat(slots).to(self.device)
+
+    def _remember_pages_before(self, begins: Mapping[int, int]) -> None:
+        """Of the pages that sequences have got behind their former lengths."""
+        pairs = []
+        for seq, begin in begins.items():
+            table = self._sequence(seq).table
+            first = -(-begin // self.page_size)
+            pairs += list(zip(table[first:], [*([] if first else [-1]), *table[max(first - 1, 0) :]], strict=False))
+        if pairs:
+            page, before = torch.tensor(pairs, device=self.device).unbind(1)
+            self._before[page] = before
 
     def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
         """Compress k ``[T, H, dk]`` and v ``[T, H, dv]`` into the slots that :meth:`extend` gave. Raises ShapeError."""
-        ops.store_kv(k, v, self._layer(layer), slots, self.layout)
+        pages = self._layer(layer)
+        previous = self._before[slots.clamp(min=0) // self.page_size] if self.format.mean else None
+        ops.store_kv(k, v, pages, slots, self.layout, previous=previous)
 
     def append(self, seq: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Extend a sequence and store in all layers: k ``[num_layers, n, H, dk]`` and v ``[num_layers, n, H, dv]``.

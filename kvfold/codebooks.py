@@ -146,6 +146,66 @@ def lloyd_max(bits: int, head_size: int) -> Codebook:
     return Codebook(bits, head_size, magnitudes, integers, step, _distortion(head_size, magnitudes))
 
 
+# --- trellis ----------------------------------------------------------------------------------------------------------
+
+# Positive halves of the alphabets for 4 states, for the normal law: found by training on Gaussian vectors with d = 128.
+_TRELLIS = {
+    2: (0.179, 0.633, 1.067, 1.881),
+    3: (0.106, 0.342, 0.563, 0.82, 1.077, 1.4, 1.834, 2.532),
+    4: (
+        0.057, 0.185, 0.302, 0.436, 0.556, 0.691, 0.824, 0.968, 1.115, 1.277, 1.447, 1.643, 1.869, 2.163, 2.537, 3.115,
+    ),
+}  # fmt: skip
+
+
+_TRELLIS_DISTORTION = {2: 0.0881, 3: 0.0242, 4: 0.0065}
+
+
+@dataclass(frozen=True, eq=False)
+class TrellisBook:
+    """Levels of a trellis of 4 states, in units of the coordinates' root mean square; see :mod:`kvfold.codecs.trellis`.
+
+    Attributes:
+        bits: Width of a code.
+        integers: [2^bits] 7-bit integers ``m`` whose levels are ``(m + 1/2) * step``, ascending.
+        step: See ``integers``.
+        distortion: E |x - x̂|^2 / |x|^2 for Gaussian vectors with d = 128 with the exact norm stored, as measured: no
+            formula is known.
+    """
+
+    bits: int
+    integers: NDArray[np.int64]
+    step: float
+    distortion: float
+
+    @property
+    def levels(self) -> Array:
+        """[2^(bits+1)] all levels, ascending."""
+        positive = (self.integers + 0.5) * self.step
+        return np.concatenate([-positive[::-1], positive])
+
+
+@lru_cache(maxsize=8)
+def trellis_levels(bits: int) -> TrellisBook:
+    """The alphabet of a width, its levels rounded to what is exact in int8 arithmetic: the step errs least.
+
+    Raises:
+        FormatError: ``bits`` is not 2, 3 or 4.
+    """
+    if bits not in _TRELLIS:
+        raise FormatError(f"trellis codes have 2, 3 or 4 bits, not {bits}")
+    ideal = np.asarray(_TRELLIS[bits])
+    best: tuple[float, NDArray[np.int64], float] | None = None
+    for largest in range(64, 128):
+        step = ideal[-1] / (largest + 0.5)
+        integers = np.round(ideal / step - 0.5).astype(np.int64)
+        error = float(np.sum(((integers + 0.5) * step - ideal) ** 2))
+        if best is None or error < best[0]:
+            best = (error, integers, float(step))
+    assert best is not None
+    return TrellisBook(bits, best[1], best[2], _TRELLIS_DISTORTION[bits])
+
+
 def fp8_distortion() -> float:
     """Expected distortion of e4m3 with 3 mantissa bits on a Gaussian, far from under- and overflow.
 

@@ -38,11 +38,12 @@ SCALE_BYTES = 2  # bfloat16: any float32 K or V has a scale in range, and codes 
 # A code of b bits is cut into planes of 4, 2 and 1 bits (8 stays whole), lowest bits first, so that a plane's codes
 # never straddle a byte and one byte of codes belongs to one token.
 _PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+# Of a trellis code the highest bit, the path's, has the last plane for itself.
+_TRELLIS_PLANES = {2: (1, 1), 3: (2, 1), 4: (2, 1, 1)}
 EXACT_BITS = {"bf16": 16, "f16": 16, "f32": 32}
 _FAMILY_SUFFIX = {"lloyd": "", "trellis": "t", "qjl": "q", "affine": "a", "outlier": ""}
 _FAMILIES = (*_FAMILY_SUFFIX, "fp8", "fp8cast", "exact")
 _NOT_BUILT = {
-    "trellis": "trellis-coded quantisation",
     "qjl": "the MSE + QJL estimator",
     "affine": "affine quantisation",
     "outlier": "quantisation at fractional widths",
@@ -54,11 +55,12 @@ class Side:
     """What one of K and V is stored as.
 
     Attributes:
-        family: ``lloyd``, ``fp8``, ``fp8cast``, ``exact``; or, not built yet, ``trellis``, ``qjl``, ``affine``,
+        family: ``lloyd``, ``trellis``, ``fp8``, ``fp8cast``, ``exact``; or, not built yet, ``qjl``, ``affine``,
             ``outlier``.
         bits: Bits of a code.
         dtype: For ``exact``: ``bf16``, ``f16`` or ``f32``.
-        scale: Which scale is stored for a Lloyd–Max vector; ``none`` where the family stores none or its own.
+        scale: Which scale is stored for a Lloyd–Max or trellis vector; ``none`` where the family stores none or its
+            own.
         prescales: Candidates of the prescale search at encode time.
         group: Coordinates that share a scale; 0 is the whole head.
     """
@@ -73,12 +75,15 @@ class Side:
     def __post_init__(self) -> None:
         if self.family not in _FAMILIES:
             raise FormatError(f"family {self.family!r} is not one of {', '.join(_FAMILIES)}")
-        if self.family in ("lloyd", "trellis") and self.bits not in range(1, 9):
-            raise FormatError(f"{self.family} codes have 1 to 8 bits, not {self.bits!r}")
+        if self.family == "lloyd" and self.bits not in range(1, 9):
+            raise FormatError(f"Lloyd–Max codes have 1 to 8 bits, not {self.bits!r}")
+        if self.family == "trellis" and self.bits not in _TRELLIS_PLANES:
+            raise FormatError(f"trellis codes have 2, 3 or 4 bits, not {self.bits!r}")
         if self.family == "exact" and EXACT_BITS.get(self.dtype) != self.bits:
             raise FormatError(f"exact sides are {', '.join(EXACT_BITS)}, not {self.dtype!r} of {self.bits!r} bits")
-        if self.family == "lloyd" and self.scale not in SCALE_RULES:
-            raise FormatError(f"a Lloyd–Max side stores a scale by one of {', '.join(SCALE_RULES)}, not {self.scale!r}")
+        if self.family in ("lloyd", "trellis") and self.scale not in SCALE_RULES:
+            rules = ", ".join(SCALE_RULES)
+            raise FormatError(f"a {self.family} side stores a scale by one of {rules}, not {self.scale!r}")
         if self.prescales % 2 == 0 or not 1 <= self.prescales <= MAX_PRESCALES:
             raise FormatError(
                 f"pre{self.prescales}: the prescale search takes an odd number of candidates from 1 to {MAX_PRESCALES}"
@@ -92,7 +97,7 @@ class Side:
     @property
     def scaled(self) -> bool:
         """Whether a scale is stored beside the codes of a vector."""
-        return self.family in ("lloyd", "fp8")
+        return self.family in ("lloyd", "trellis", "fp8")
 
     @property
     def lossless(self) -> bool:
@@ -119,7 +124,9 @@ class Side:
     def planes(self) -> tuple[int, ...]:
         """Widths in bits of the planes that a code is cut into, lowest bits first."""
         if self.missing:
-            raise NotBuiltError(f"{self.missing}; built are widths 1 to 8, f8, f8cast, bf16, f16 and f32")
+            raise NotBuiltError(f"{self.missing}; built are widths 1 to 8, 2t, 3t, 4t, f8, f8cast, bf16, f16 and f32")
+        if self.family == "trellis":
+            return _TRELLIS_PLANES[int(self.bits)]
         return (int(self.bits),) if self.bits > 8 else _PLANES[int(self.bits)]
 
     def plane_bytes(self, head_size: int) -> tuple[int, ...]:
@@ -138,7 +145,7 @@ class KVFormat:
     Attributes:
         k: The side of the keys.
         v: The side of the values.
-        mean: A key reference vector per page is subtracted before quantising (not built yet).
+        mean: A key reference vector per page and KV head is subtracted before quantising.
         sinks: First tokens of a sequence that are also kept exact.
         tail: Last tokens of a sequence that are also kept exact.
     """
@@ -150,6 +157,8 @@ class KVFormat:
     tail: int = 0
 
     def __post_init__(self) -> None:
+        if self.mean and not self.k.rotated:
+            raise FormatError(f"mean: a reference is subtracted from keys that are rotated, and {self.k.name} is not")
         for name, count in (("sinks", self.sinks), ("tail", self.tail)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise FormatError(f"{name} is a number of tokens from 0, not {count!r}")
@@ -173,8 +182,6 @@ class KVFormat:
     def require_built(self) -> KVFormat:
         """Return self, or raise :class:`NotBuiltError` if something in the format is not built yet."""
         reasons = [side.missing for side in (self.k, self.v) if side.missing]
-        if self.mean:
-            reasons.append("a key reference vector per page (mean) is not built yet")
         if reasons:
             raise NotBuiltError(
                 f"format {str(self)!r}: {'; '.join(dict.fromkeys(reasons))}. Built today: {built_help()}"
@@ -186,15 +193,25 @@ class KVFormat:
         return self.k.lossless and self.v.lossless
 
     def bytes_per_token(self, head_size: int, head_size_v: int | None = None) -> int:
-        """Bytes in the pages for one token of one KV head, everything included but the exact sinks and tail."""
+        """Bytes of one token of one KV head: its codes, padding and scales. What a page holds beside its tokens is
+        :meth:`reference_bytes`, and exact sinks and tail are :meth:`exact_bytes`."""
         self.require_built()
         size_v = check_head_size(head_size if head_size_v is None else head_size_v)
         return self.k.bytes_per_token(check_head_size(head_size)) + self.v.bytes_per_token(size_v)
 
-    def bits_per_element(self, head_size: int, head_size_v: int | None = None) -> float:
-        """All-in bits per element of K and V in the pages."""
-        elements = head_size + (head_size_v or head_size)
-        return 8 * self.bytes_per_token(head_size, head_size_v) / elements
+    def reference_bytes(self, head_size: int) -> int:
+        """Bytes of a page of one KV head for its key reference: 8-bit codes and a scale, to a multiple of 16."""
+        return -(-(check_head_size(head_size) + SCALE_BYTES) // 16) * 16 if self.mean else 0
+
+    def page_bytes(self, page_size: int, head_size: int, head_size_v: int | None = None) -> int:
+        """Bytes of a page of one KV head, everything included but the exact sinks and tail."""
+        tokens = check_page_size(page_size) * self.bytes_per_token(head_size, head_size_v)
+        return tokens + self.reference_bytes(head_size)
+
+    def bits_per_element(self, head_size: int, head_size_v: int | None = None, page_size: int = 64) -> float:
+        """All-in bits per element of K and V in full pages."""
+        elements = page_size * (head_size + (head_size_v or head_size))
+        return 8 * self.page_bytes(page_size, head_size, head_size_v) / elements
 
     def exact_bytes(self, head_size: int, head_size_v: int | None = None, itemsize: int = 2) -> int:
         """Bytes per sequence and KV head of the exact sinks and tail, kept beside the pages in the model's dtype."""
@@ -233,4 +250,7 @@ def check_heads(fmt: KVFormat, head_size: int, head_size_v: int) -> None:
 
 def built_help() -> str:
     """One line that names what can be stored today, for error messages and help texts."""
-    return "k<b>v<b> with b from 1 to 8, f8, f8cast, bf16, f16 or f32 (k4v4, k8v4, kf8v3), +sinks<n>, +tail<n>"
+    return (
+        "k<b>v<b> with b from 1 to 8, 2t, 3t, 4t, f8, f8cast, bf16, f16 or f32 (k4v4, k3tv3t, kf8v3), "
+        "+mean, +sinks<n>, +tail<n>"
+    )

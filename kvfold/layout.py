@@ -7,6 +7,8 @@ one contiguous copy. A tile is (docs/layout.md has the drawing)
     K plane 0 | K plane 1 ... | V plane 0 | V plane 1 ... | K scales 16 x bf16 | V scales 16 x bf16
 
 and nothing else: it is a permutation of the bytes of its sixteen tokens' records, and always a multiple of 16 bytes.
+Behind the tiles a page of a ``+mean`` format has its **key reference**: a vector in the stored basis that was
+subtracted from the page's keys before they were quantised, d int8 codes and, in the last two bytes, a bfloat16 scale.
 
 **Planes.** A code of b bits is cut into planes of 4, 2 and 1 bits (``Side.planes``), lowest bits first. In a plane of
 w <= 4 bits a 32-bit word has eight nibbles. Element ``e`` lies in nibble ``e % 8``; the ``4/w`` rows of eight elements
@@ -79,6 +81,11 @@ class PageLayout:
     @cached_property
     def page_bytes(self) -> int:
         """Bytes of a page of one KV head."""
+        return self.format.page_bytes(self.page_size, self.head_size, self.head_size_v)
+
+    @cached_property
+    def reference(self) -> int:
+        """Offset in the page of the key reference (also where it would be, if the format has none)."""
         return self.page_size * self.token_bytes
 
     @cached_property
@@ -113,18 +120,25 @@ class PageLayout:
 
     # --- records: the bytes of one token, in the order K planes, V planes, K scale, V scale ---------------------------
 
-    def encode(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Vectors ``[..., head_size]`` and ``[..., head_size_v]`` to records ``[..., token_bytes]`` uint8."""
+    def encode(self, k: torch.Tensor, v: torch.Tensor, reference: torch.Tensor | None = None) -> torch.Tensor:
+        """Vectors ``[..., head_size]`` and ``[..., head_size_v]`` to records ``[..., token_bytes]`` uint8.
+
+        Args:
+            reference: ``[..., head_size]`` float32, the key references of their pages in the stored basis.
+        """
         parts, scales = [], []
-        for x, side in ((k, self.format.k), (v, self.format.v)):
-            codes, scale = codecs.encode(x, side)
+        for x, side, subtracted in ((k, self.format.k, reference), (v, self.format.v, None)):
+            codes, scale = codecs.encode(x, side, subtracted)
             parts += pack_planes(codes, side)
             if scale is not None:
                 scales.append(scale.unsqueeze(-1).view(torch.uint8))
         return torch.cat([*parts, *scales], dim=-1)
 
     def decode(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Records ``[..., token_bytes]`` to K and V in float32, *in the stored basis* (rotated where the side is)."""
+        """Records ``[..., token_bytes]`` to K and V in float32, *in the stored basis* (rotated where the side is).
+
+        In a ``+mean`` format K lacks its page's reference: add :meth:`decode_reference`.
+        """
         k_planes = self.format.k.plane_bytes(self.head_size)
         v_planes = self.format.v.plane_bytes(self.head_size_v)
         k_scale, v_scale = (SCALE_BYTES * side.scaled for side in (self.format.k, self.format.v))
@@ -133,6 +147,27 @@ class PageLayout:
         k_codes = unpack_planes(parts[: len(k_planes)], self.format.k, self.head_size)
         v_codes = unpack_planes(parts[len(k_planes) : -2], self.format.v, self.head_size_v)
         return codecs.decode(k_codes, scales[0], self.format.k), codecs.decode(v_codes, scales[1], self.format.v)
+
+    # --- the key reference of a page ----------------------------------------------------------------------------------
+
+    def encode_reference(self, mean: torch.Tensor) -> torch.Tensor:
+        """Vectors ``[..., head_size]`` in the stored basis, finite, to their bytes ``[..., reference_bytes]``."""
+        largest = mean.float().abs().amax(dim=-1, keepdim=True)
+        scale = (largest / 127).bfloat16()
+        inverse = torch.where(scale > 0, 1.0 / scale.float(), 0.0)
+        inverse = torch.where(torch.isfinite(inverse), inverse, 0.0)
+        codes = (mean.float() * inverse).round().clamp(-127, 127).to(torch.int8)
+        record = mean.new_zeros((*mean.shape[:-1], self.format.reference_bytes(self.head_size)), dtype=torch.uint8)
+        record[..., : self.head_size] = codes.view(torch.uint8)
+        record[..., -SCALE_BYTES:] = scale.view(torch.uint8)
+        return record
+
+    def decode_reference(self, pages: torch.Tensor) -> torch.Tensor:
+        """References ``[..., head_size]`` float32, in the stored basis, of pages ``[..., page_bytes]``, or of what
+        lies in them from :attr:`reference` on: whoever picks pages picks from there, and copies no tiles."""
+        record = pages[..., -self.format.reference_bytes(self.head_size) :]
+        codes = record[..., : self.head_size].contiguous().view(torch.int8)
+        return codes.float() * record[..., -SCALE_BYTES:].contiguous().view(torch.bfloat16).float()
 
 
 @lru_cache(maxsize=1024, typed=True)

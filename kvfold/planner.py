@@ -34,7 +34,7 @@ class PlanRow:
 
     Attributes:
         format: The format.
-        bytes_per_token: Bytes of a token in the pages, over all compressed layers and their heads. The unused rest of
+        bytes_per_token: Bytes of a token in full pages, over all compressed layers and their heads. The unused rest of
             a last page, exact sinks and tail, and uncompressed layers are in ``tokens`` and ``requests``.
         bits_per_element: All-in bits of an element of K and V in the pages, None if no layer is compressed.
         tokens: Tokens of one sequence that fit, in whole pages; None if the cache stops growing before memory is full.
@@ -46,7 +46,7 @@ class PlanRow:
     """
 
     format: KVFormat
-    bytes_per_token: int
+    bytes_per_token: float
     bits_per_element: float | None
     tokens: int | None
     requests: int
@@ -82,7 +82,7 @@ def cache_bytes(shape: ModelShape, format: FormatSpec, tokens: int, page_size: i
         per_head = 0
         if group.kind == FULL:
             check_heads(fmt, group.head_size, group.head_size_v)
-            per_head = pages * page_size * fmt.bytes_per_token(group.head_size, group.head_size_v)
+            per_head = pages * fmt.page_bytes(page_size, group.head_size, group.head_size_v)
             per_head += fmt.exact_bytes(group.head_size, group.head_size_v, shape.itemsize)
         elif group.kind == SLIDING:
             window = replace(fmt, sinks=0, tail=min(tokens, group.window))  # to keep a window is to keep an exact tail
@@ -122,12 +122,12 @@ def plan(
     for fmt in dict.fromkeys(parsed):
         tokens = _tokens_that_fit(shape, fmt, memory_bytes, page_size)
         bf16_tokens = rows[0].tokens if rows else tokens
-        per_token = _paged(shape, fmt)
+        page_bytes = _paged(shape, fmt, page_size)
         elements = sum(_vectors(group) * (group.head_size + group.head_size_v) for group in shape.compressed)
         row = PlanRow(
             format=fmt,
-            bytes_per_token=per_token,
-            bits_per_element=8 * per_token / elements if elements else None,
+            bytes_per_token=page_bytes / page_size if page_bytes % page_size else page_bytes // page_size,
+            bits_per_element=8 * page_bytes / page_size / elements if elements else None,
             tokens=tokens,
             requests=memory_bytes // cache_bytes(shape, fmt, context, page_size),
             ratio=tokens / bf16_tokens if tokens is not None and bf16_tokens else None,
@@ -143,15 +143,17 @@ def _vectors(group: LayerGroup) -> int:
     return group.layers * group.num_kv_heads
 
 
-def _paged(shape: ModelShape, fmt: KVFormat) -> int:
-    """Bytes in the pages for one token, over all compressed layers."""
-    return sum(_vectors(group) * fmt.bytes_per_token(group.head_size, group.head_size_v) for group in shape.compressed)
+def _paged(shape: ModelShape, fmt: KVFormat, page_size: int) -> int:
+    """Bytes of a page of all compressed layers."""
+    return sum(
+        _vectors(group) * fmt.page_bytes(page_size, group.head_size, group.head_size_v) for group in shape.compressed
+    )
 
 
 def _tokens_that_fit(shape: ModelShape, fmt: KVFormat, memory: int, page_size: int) -> int | None:
     """The most tokens of one sequence, in whole pages; None if memory never gets full."""
     if shape.compressed:
-        too_many = memory // (page_size * _paged(shape, fmt)) + 1
+        too_many = memory // _paged(shape, fmt, page_size) + 1
     else:
         too_many = max(group.window for group in shape.groups) // page_size + 1  # from here on nothing grows
         if cache_bytes(shape, fmt, too_many * page_size, page_size) <= memory:

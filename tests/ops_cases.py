@@ -18,7 +18,10 @@ POISON = 0xFF
 FORMATS = (
     *(f"k{bits}v{bits}" for bits in range(1, 9)),
     *("k4v4+plain", "k4v3+nc", "k8v2+mse+pre5", "kf8vf8", "kf8castv4", "kf8v4", "bf16", "exact"),
+    *("k2tv3t", "k4tv2+nc", "k3v4t", "k4v4+mean", "k3tv2t+mean", "k8vf8+mean"),
 )
+ALONE = tuple(spec for spec in FORMATS if "+mean" not in spec)
+"""Formats that code each vector alone: what a token becomes depends on no other."""
 
 EPS = 2.0**-24
 """Largest relative error of rounding to float32."""
@@ -47,25 +50,46 @@ class Cache:
         position, size = torch.arange(int(self.lengths[b])), self.layout.page_size
         return self.table[b].long()[position // size] * size + position % size
 
+    def previous(self, b: int) -> torch.Tensor | None:
+        """What :func:`kvfold.ops.store_kv` wants to know of the tokens of a sequence, if the format has references."""
+        if not self.layout.format.mean:
+            return None
+        index = torch.arange(int(self.lengths[b])) // self.layout.page_size
+        return torch.where(index > 0, self.table[b].long()[index - 1], -1)
+
     def vectors(self, b: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K ``[n, H, dk]`` and V of a sequence as they are stored, un-rotated, in float64."""
-        return decode_records(self.records(self.slots(b)), self.layout)
+        slots = self.slots(b)
+        return decode_records(self.records(slots), self.layout, self.references(slots))
+
+    def references(self, slots: torch.Tensor) -> torch.Tensor | None:
+        """The key references ``[n, H, dk]`` of the pages of these slots, in the stored basis and in float64."""
+        if not self.layout.format.mean:
+            return None
+        begin, d = self.layout.page_size * self.layout.token_bytes, self.layout.head_size
+        record = self.pages[:, :, begin:][slots // self.layout.page_size]
+        scale = record[..., -2:].contiguous().view(torch.bfloat16)
+        return record[..., :d].contiguous().view(torch.int8).double() * scale.double()
 
     def records(self, slots: torch.Tensor) -> torch.Tensor:
         """The bytes ``[n, H, token_bytes]`` of the tokens in these slots, one token at a time."""
         size, heads, wanted = self.layout.page_size, self.pages.shape[1], self.layout.addresses()
         rows = []
         for slot in slots.tolist():
-            tile = self.pages[slot // size].unflatten(1, (-1, self.layout.tile_bytes))[:, slot % size // TILE]
+            tiles = self.pages[slot // size, :, : size * self.layout.token_bytes]
+            tile = tiles.unflatten(1, (-1, self.layout.tile_bytes))[:, slot % size // TILE]
             rows.append(tile[:, wanted[slot % TILE]])
         return torch.stack(rows) if rows else self.pages.new_empty(0, heads, self.layout.token_bytes)
 
 
-def decode_records(records: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Records to K and V in the model's basis, un-rotated in float64."""
+def decode_records(
+    records: torch.Tensor, layout: PageLayout, references: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Records, and the key references of their pages, to K and V in the model's basis, un-rotated in float64."""
     restored = []
-    for x, side in zip(layout.decode(records), (layout.format.k, layout.format.v), strict=True):
-        x = x.double()
+    both = zip(layout.decode(records), (layout.format.k, layout.format.v), (references, None), strict=True)
+    for x, side, reference in both:
+        x = x.double() if reference is None else x.double() + reference
         restored.append(x @ torch.from_numpy(rotation_matrix(x.shape[-1])) if side.rotated else x)
     return restored[0], restored[1]
 
@@ -86,7 +110,7 @@ def empty_cache(layout: PageLayout, lengths: Sequence[int], heads: int = 2, spar
 
 def fill(cache: Cache, b: int, k: torch.Tensor, v: torch.Tensor) -> None:
     """Store a sequence's K ``[n, H, dk]`` and V, with the reference: who stores is not what these tests are about."""
-    reference.store_kv(k, v, cache.pages, cache.slots(b), cache.layout)
+    reference.store_kv(k, v, cache.pages, cache.slots(b), cache.layout, cache.previous(b))
 
 
 def make_cache(layout: PageLayout, lengths: Sequence[int], heads: int = 2, spare: int = 3, seed: int = 0) -> Cache:

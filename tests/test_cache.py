@@ -19,7 +19,8 @@ from kvfold.formats import KVFormat
 from kvfold.planner import ModelShape, cache_bytes
 
 LAYERS, HEADS, GROUP, DK, DV = 2, 2, 2, 16, 24
-FORMATS = ["k4v4", "k3v2+plain", "kf8v3", "kf8castvf8cast", "kf32vbf16"]  # CPU kernels, mixed, NaN in 0xFF codes, exact
+# CPU kernels, trellis, key references, mixed, NaN in 0xFF codes, exact
+FORMATS = ["k4v4", "k3v2+plain", "k3tv4t", "k4v3t+mean", "kf8v3", "kf8castvf8cast", "kf32vbf16"]
 
 
 def make(format: str = "k4v4", num_pages: int = 12, page_size: int = 16, **sizes: Any) -> PagedKVCache:
@@ -349,7 +350,7 @@ def test_what_a_cache_cannot_be() -> None:
     with pytest.raises(NotBuiltError):
         PagedKVCache.for_memory("k4v4+tail16", 10**6, num_layers=1, num_kv_heads=1, head_size=16)
     with pytest.raises(NotBuiltError, match="not built"):
-        make("k3tv3t")
+        make("k3qv3q")
     with pytest.raises(FormatError, match="did you mean"):
         make("k4v44")
     with pytest.raises(FormatError):

@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvfold import KVCache, cli
+from kvfold.commands import evaluation
 from kvfold.commands import fidelity as command
 from kvfold.commands.measure import Subject, load_subject
 from kvfold.errors import KVFoldError, ShapeError
-from kvfold.eval import fidelity
-from kvfold.eval.fidelity import Bin, Interval, Tokens
+from kvfold.eval import bootstrap, fidelity
+from kvfold.eval.bootstrap import Interval
+from kvfold.eval.fidelity import Bin, Tokens
 from kvfold.formats import KVFormat
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -146,19 +148,19 @@ def windows_of(seed: int, windows: int = 6, n: int = 40) -> tuple[list[Tokens], 
 
 
 def test_draws() -> None:
-    draws = fidelity.draw_windows(7, 300, seed=3)
+    draws = bootstrap.draw(7, 300, seed=3)
     assert draws.shape == (300, 7)
     assert (draws.sum(axis=1) == 7).all()
     assert (draws >= 0).all()
-    np.testing.assert_array_equal(draws, fidelity.draw_windows(7, 300, seed=3))
-    assert (draws != fidelity.draw_windows(7, 300, seed=4)).any()
-    assert fidelity.draw_windows(10).shape == (1000, 10)
-    np.testing.assert_allclose(fidelity.draw_windows(10, 20000).mean(axis=0), 1, atol=0.05)
+    np.testing.assert_array_equal(draws, bootstrap.draw(7, 300, seed=3))
+    assert (draws != bootstrap.draw(7, 300, seed=4)).any()
+    assert bootstrap.draw(10).shape == (1000, 10)
+    np.testing.assert_allclose(bootstrap.draw(10, 20000).mean(axis=0), 1, atol=0.05)
 
 
 def test_summary_against_brute_force() -> None:
     tokens, base = windows_of(0)
-    draws = fidelity.draw_windows(len(tokens), 200)
+    draws = bootstrap.draw(len(tokens), 200)
     found = fidelity.summarise(tokens, base, draws)
     assert tuple(found) == fidelity.METRICS
 
@@ -185,7 +187,7 @@ def test_summary_against_brute_force() -> None:
 @given(st.integers(0, 2**31), st.integers(2, 12), st.integers(1, 50))
 def test_intervals_hold_the_mean_and_are_ordered(seed: int, windows: int, n: int) -> None:
     tokens, base = windows_of(seed, windows, n)
-    found = fidelity.summarise(tokens, base, fidelity.draw_windows(windows, 400, seed))
+    found = fidelity.summarise(tokens, base, bootstrap.draw(windows, 400, seed))
     for figure in found.values():
         assert figure.low is not None
         assert figure.high is not None
@@ -200,16 +202,16 @@ def test_intervals_hold_the_mean_and_are_ordered(seed: int, windows: int, n: int
 
 def test_windows_that_are_equal_have_no_spread_and_one_window_no_interval() -> None:
     tokens, base = windows_of(1, windows=1)
-    for figure in fidelity.summarise(tokens, base, fidelity.draw_windows(1)).values():
+    for figure in fidelity.summarise(tokens, base, bootstrap.draw(1)).values():
         assert (figure.low, figure.high) == (None, None)
-    for figure in fidelity.summarise(tokens * 5, base * 5, fidelity.draw_windows(5)).values():
+    for figure in fidelity.summarise(tokens * 5, base * 5, bootstrap.draw(5)).values():
         assert (figure.low, figure.high) == (pytest.approx(figure.value), pytest.approx(figure.value))
 
 
 @pytest.mark.parametrize("windows", [10, 30])
 def test_intervals_cover_the_truth_about_as_often_as_they_say(windows: int) -> None:
     rng = np.random.default_rng(windows)
-    draws = fidelity.draw_windows(windows)
+    draws = bootstrap.draw(windows)
     hits = 0
     for _ in range(200):
         kl = rng.normal(1.0, 0.2, size=(windows, 1))
@@ -221,7 +223,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say(windows: int) -> N
 @given(st.integers(1, 9000))
 def test_bins_cover_every_position_once(n: int) -> None:
     tokens = [Tokens(np.arange(n, dtype=float), np.ones(n), np.ones(n))]
-    bins = fidelity.by_position(tokens, fidelity.draw_windows(1, 2))
+    bins = fidelity.by_position(tokens, bootstrap.draw(1, 2))
     assert 1 <= len(bins) <= fidelity.MAX_BINS
     assert (bins[0].first, bins[-1].last) == (64, 64 + n - 1)
     assert all(one.last + 1 == other.first for one, other in pairwise(bins))
@@ -231,7 +233,7 @@ def test_bins_cover_every_position_once(n: int) -> None:
 
 def test_bins_have_intervals() -> None:
     tokens, base = windows_of(2, windows=8, n=300)
-    draws = fidelity.draw_windows(8)
+    draws = bootstrap.draw(8)
     bins = fidelity.by_position(tokens, draws)
     assert (bins[0], bins[1].first, bins[1].last) == (Bin(64, 95, bins[0].kl), 96, 127)
     sizes = [item.last - item.first + 1 for item in bins]
@@ -356,7 +358,7 @@ def test_figures_are_those_of_a_model_run_by_hand(full: Any, model: Path, text: 
             base = plain(window).logits[0, 64:-1]
         cache = KVCache.for_model(plain, "k2v2", chunk="packed")
         with torch.no_grad():  # one token after the other, as decoding does
-            steps = [command._forward(Subject(plain, None), window[:, i : i + 1], cache) for i in range(160)]
+            steps = [evaluation.forward(Subject(plain, None), window[:, i : i + 1], cache) for i in range(160)]
         found = brute_force(base, torch.cat(steps)[64:-1], window[0, 65:])
         kl.append(found["kl"])
         same.append(found["same_top"])
@@ -485,7 +487,7 @@ def test_values_that_are_not_finite_are_refused() -> None:
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with command._progress(2) as step:
+    with evaluation.progress(2) as step:
         step("window 1 of 1: none")
         step("window 1 of 1: k4v4")
     assert "2/2" in capsys.readouterr().err
@@ -523,8 +525,8 @@ def test_on_a_gpu(kvfold: Any, full: Any, model: Path, text: Path, tmp_path: Pat
     ("argv", "words"),
     [
         ("--format k9v9", "unknown format 'k9v9'"),
-        ("--format k4v4 k4tv4t", "not built yet"),
-        ("--format k4v4+mean", "not built yet"),
+        ("--format k4v4 k4qv4q", "not built yet"),
+        ("--format 2.5+mean", "not built yet"),
         ("--text /nowhere/text.txt", "cannot use /nowhere/text.txt: No such file"),
         ("--json /nowhere/f.json", "there is no folder /nowhere"),
         ("--plot /nowhere/f.png", "there is no folder /nowhere"),
@@ -588,7 +590,7 @@ def test_a_format_that_the_heads_are_too_small_for(kvfold: Any, tmp_path: Path, 
 
 
 def test_without_the_excerpt(kvfold: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "TEXT", Path("/nowhere/excerpt.txt"))
+    monkeypatch.setattr(evaluation, "TEXT", Path("/nowhere/excerpt.txt"))
     result = kvfold("fidelity")
     assert result.code == 2
     assert "give --text FILE" in result.err

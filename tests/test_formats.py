@@ -31,10 +31,12 @@ from kvfold.spelling import ALIASES, PRESETS, known_names
 parse = KVFormat.parse
 
 LLOYD_SIDES = [str(bits) for bits in range(1, 9)]
+TRELLIS_SIDES = ["2t", "3t", "4t"]
 PLAIN_SIDES = ["f8", "f8cast", "bf16", "f16", "f32"]  # no scale rule, no prescale search
-MISSING_TUNED = ["2t", "3t", "4t", "2.5", "3.5", *(f"{bits}q" for bits in range(1, 9))]
+MISSING_TUNED = ["2.5", "3.5", *(f"{bits}q" for bits in range(1, 9))]
 MISSING_AFFINE = [f"{bits}a" for bits in range(1, 9)]
-TUNED_SIDES = LLOYD_SIDES + MISSING_TUNED  # sides that take a scale rule and a prescale search
+TUNED_SIDES = LLOYD_SIDES + TRELLIS_SIDES + MISSING_TUNED  # sides that take a scale rule and a prescale search
+BUILT_SIDES = LLOYD_SIDES + TRELLIS_SIDES + PLAIN_SIDES
 ALL_SIDES = TUNED_SIDES + PLAIN_SIDES + MISSING_AFFINE
 
 
@@ -77,7 +79,7 @@ def spellings(draw: st.DrawFn) -> Spelled:
             if draw(st.booleans()):
                 counts[letter] = draw(candidates)
                 options.append(f"{letter}pre{counts[letter]}")
-    mean = draw(st.booleans())
+    mean = draw(st.booleans()) and sides["k"] in TUNED_SIDES  # only keys that are rotated
     sinks, tail = draw(st.sampled_from([0, 1, 4, 64])), draw(st.sampled_from([0, 1, 128, 4096]))
     options += ["mean"] * mean + [f"sinks{sinks}"] * bool(sinks) + [f"tail{tail}"] * bool(tail)
     return Spelled("+".join([f"k{sides['k']}v{sides['v']}", *options]), rules, counts, mean, sinks, tail)
@@ -404,15 +406,13 @@ def test_errors_are_catchable_by_kind() -> None:
 @pytest.mark.parametrize(
     ("name", "thing"),
     [
-        ("k4tv4t", "trellis"),
-        ("k4v3t", "trellis"),
         ("k4qv4q", "QJL"),
         ("k4qv4", "QJL"),
         ("k4av4a", "affine"),
         ("k8v4a", "affine"),
         ("2.5", "fractional"),
         ("k4v3.5", "fractional"),
-        ("k4v4+mean", "mean"),
+        ("k4tv4a+mean", "affine"),
         ("vllm:k8v4", "affine"),
         ("vllm:4bit_nc", "affine"),
         ("metal:q8_0/q3_0", "per group of 32"),
@@ -435,11 +435,11 @@ def test_not_built_names_the_thing_and_the_way_out(name: str, thing: str) -> Non
 
 def test_not_built_names_every_missing_thing_once() -> None:
     with pytest.raises(NotBuiltError) as caught:
-        parse("k4tv4t+mean").require_built()
-    assert str(caught.value).count("trellis") == 1
+        parse("k4qv4q+mean").require_built()
+    assert str(caught.value).count("QJL") == 1
     with pytest.raises(NotBuiltError) as caught:
-        parse("k4tv4q+mean").require_built()
-    assert all(thing in str(caught.value) for thing in ("trellis", "QJL", "mean"))
+        parse("k4qv4a+mean").require_built()
+    assert all(thing in str(caught.value) for thing in ("QJL", "affine"))
 
 
 @pytest.mark.parametrize("side", MISSING_TUNED + MISSING_AFFINE)
@@ -448,11 +448,34 @@ def test_a_missing_side_has_no_planes(side: str) -> None:
         parse(f"k{side}v4").k.planes()
 
 
-@pytest.mark.parametrize("side", LLOYD_SIDES + PLAIN_SIDES)
+@pytest.mark.parametrize("side", BUILT_SIDES)
 def test_a_built_side_is_built(side: str) -> None:
     fmt = parse(f"k{side}v{side}+sinks4+tail128")
     assert fmt.require_built() is fmt
     assert fmt.k.missing is None
+    if side not in PLAIN_SIDES:
+        parse(f"k{side}v{side}+mean").require_built()
+
+
+@pytest.mark.parametrize("side", [*PLAIN_SIDES, "4a"])
+def test_a_reference_is_subtracted_from_rotated_keys_only(side: str) -> None:
+    """Anything else would be less than it says: exact keys are exact, and fp8 has relative precision."""
+    for spec in (f"k{side}v4+mean", {"k": side, "v": 4, "mean": True}):
+        with pytest.raises(FormatError, match=f"keys that are rotated, and {side} is not"):
+            parse(spec)
+    assert parse(f"k4v{side}+mean").mean, "V may be anything"
+
+
+@pytest.mark.parametrize("bits", [1, 5, 8, 2.5, 3.5])
+def test_trellis_codes_have_two_to_four_bits(bits: float) -> None:
+    with pytest.raises(FormatError, match="trellis codes have 2, 3 or 4 bits"):
+        Side("trellis", bits, scale="unbiased", prescales=3)
+
+
+@pytest.mark.parametrize("family", ["lloyd", "trellis"])
+def test_a_scale_rule_that_does_not_exist(family: str) -> None:
+    with pytest.raises(FormatError, match="stores a scale by one of unbiased, plain, nc, mse, not 'none'"):
+        Side(family, 4)
 
 
 @pytest.mark.parametrize("size", [0, -1, 8, 17, 48, 128])
@@ -531,6 +554,15 @@ BYTES = [
     ("kbf16vbf16", 128, None, 512),
     ("kf16vf32", 128, None, 256 + 512),
     ("kf32vf32", 80, None, 640),
+    # a trellis side has the bytes of a Lloyd–Max side, but for 2 bits in heads that are no multiple of 32: two planes
+    ("k2tv2t", 128, None, 32 + 32 + 4),
+    ("k3tv3t", 128, None, 48 + 48 + 4),
+    ("k4tv4t", 128, None, 64 + 64 + 4),
+    ("k4tv3", 128, 64, 64 + 24 + 4),
+    ("k2tv2t", 80, None, 2 * (12 + 12) + 4),
+    ("k3tv3t", 80, None, 2 * (20 + 12) + 4),
+    ("k4tv4t", 80, None, 2 * (20 + 12 + 12) + 4),
+    ("k3tvf8cast", 33, None, (12 + 8) + 36 + 2),
     # options that cost nothing in the pages
     ("k4v4+plain", 128, None, 132),
     ("k4v4+pre13+sinks4+tail128", 128, None, 132),
@@ -543,6 +575,43 @@ def test_bytes_per_token(name: str, head_size: int, head_size_v: int | None, exp
     assert fmt.bytes_per_token(head_size, head_size_v) == expected
     elements = head_size + (head_size_v or head_size)
     assert fmt.bits_per_element(head_size, head_size_v) == pytest.approx(8 * expected / elements)
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "head_size", "head_size_v", "reference", "page"),
+    [
+        ("k4v4+mean", 64, 128, None, 144, 64 * 132 + 144),  # 128 codes of a byte, a scale of 2, to 16
+        ("k4v4+mean", 16, 128, None, 144, 16 * 132 + 144),
+        ("k4v4+mean", 64, 64, None, 80, 64 * 68 + 80),
+        ("k4v4+mean", 64, 126, None, 128, 64 * (64 + 64 + 4) + 128),
+        ("k4v4+mean", 64, 127, None, 144, 64 * (64 + 64 + 4) + 144),
+        ("k3tv3t+mean", 64, 128, None, 144, 64 * 100 + 144),
+        ("k3tv2+mean", 32, 192, 128, 208, 32 * (72 + 32 + 4) + 208),  # of K: V has no reference
+        ("k4v4", 64, 128, None, 0, 64 * 132),
+        ("kf8castvf8cast", 16, 40, None, 0, 16 * 80),
+    ],
+)
+def test_bytes_of_a_page(
+    name: str, page_size: int, head_size: int, head_size_v: int | None, reference: int, page: int
+) -> None:
+    fmt = parse(name)
+    assert fmt.reference_bytes(head_size) == reference
+    assert fmt.page_bytes(page_size, head_size, head_size_v) == page
+    assert fmt.page_bytes(page_size, head_size, head_size_v) % 16 == 0
+    elements = page_size * (head_size + (head_size_v or head_size))
+    assert fmt.bits_per_element(head_size, head_size_v, page_size) == 8 * page / elements
+
+
+def test_a_reference_costs_little_in_large_pages() -> None:
+    fmt = parse("k4v4+mean")
+    assert [fmt.bits_per_element(128, page_size=size) for size in (64, 32, 16)] == [
+        4.125 + 144 * 8 / (size * 256) for size in (64, 32, 16)
+    ]
+    assert fmt.bits_per_element(128) == 4.1953125
+    with pytest.raises(FormatError, match="16, 32, 64"):
+        fmt.page_bytes(48, 128)
+    with pytest.raises(FormatError, match="1024"):
+        fmt.reference_bytes(0)
 
 
 @pytest.mark.parametrize(("name", "bits"), [("k4v4", 4.125), ("k3v3", 3.125), ("k2v2", 2.125), ("k8v4", 6.125)])
@@ -564,7 +633,7 @@ def test_exact_tokens_are_counted_beside_the_pages() -> None:
     assert parse("k4v4").exact_bytes(128) == 0
 
 
-@pytest.mark.parametrize("side", LLOYD_SIDES + PLAIN_SIDES)
+@pytest.mark.parametrize("side", BUILT_SIDES)
 def test_planes_add_up_to_the_width(side: str) -> None:
     k = parse(f"k{side}v4").k
     assert sum(k.planes()) == k.bits
@@ -575,12 +644,13 @@ DOCUMENTATION = Path(__file__).parents[1] / "docs" / "formats.md"
 
 
 def test_the_documented_sizes_are_the_real_ones() -> None:
-    row = re.compile(r"^\| `(k\w+v\w+)` \| (\d+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \|$", re.M)
+    row = re.compile(r"^\| `(k\w+v[\w+]+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.M)
     rows = row.findall(DOCUMENTATION.read_text(encoding="utf-8"))
-    assert {f"k{bits}v{bits}" for bits in range(1, 9)} < {name for name, *_ in rows}
+    usual = {f"k{bits}v{bits}" for bits in range(1, 9)} | {f"k{bits}tv{bits}t{mean}" for bits in (2, 3, 4) for mean in ("", "+mean")}
+    assert usual < {name for name, *_ in rows}
     for name, *figures in rows:
         fmt = parse(name)
-        expected = [f"{size(d):g}" for d in (64, 128) for size in (fmt.bytes_per_token, fmt.bits_per_element)]
+        expected = [f"{x:.5g}" for d in (64, 128) for x in (fmt.page_bytes(64, d) / 64, fmt.bits_per_element(d))]
         assert figures == expected, name
 
 

@@ -143,7 +143,7 @@ def test_generate_reads_a_file_and_stdin(kvfold: Any, model: Path, tmp_path: Pat
     ("argv", "words"),
     [
         ("--prompt x --format k9v9", "did you mean"),
-        ("--prompt x --format k4tv4t", "not built yet"),
+        ("--prompt x --format k4qv4q", "not built yet"),
         ("--prompt x --model /nowhere/at/all", "cannot load model '/nowhere/at/all'"),
         ("--prompt x --chunk none", "choose from"),
         ("--prompt x --temperature -1", "--temperature: '-1' is not a number from 0"),

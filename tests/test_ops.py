@@ -50,7 +50,7 @@ HEAD_SIZES = (
     (33, 128),
 )
 LENGTHS = (0, 1, 16, 17, 64, 100, 128)
-FEW = ("k4v4", "k3v5", "k8v2", "kf8v4", "bf16")
+FEW = ("k4v4", "k3v5", "k8v2", "k4tv3t", "k3v2t+mean", "kf8v4", "bf16")
 """Formats where every plane, scale and family occurs, for tests that are about something else."""
 
 
@@ -62,27 +62,30 @@ def layout_id(value: Any) -> str:
 
 
 def assert_same_bytes(
-    got: torch.Tensor, want: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PageLayout
-) -> None:
+    got: torch.Tensor, want: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PageLayout,
+    references: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Records agree but for ties, where float32 rounding decides: at most 1e-4 of the bytes, or parts of one vector.
 
-    A tie is a coordinate at a threshold, a scale half-way between two bfloat16, or two prescales that are equally good.
-    It costs nothing: the vector's error is the same within 2 % (half a step of bfloat16, on either side of the scale).
+    A tie is a coordinate at a threshold, two paths of a trellis of equal error, a scale half-way between two bfloat16,
+    or two prescales that are equally good. It costs nothing: the vector's error is the same within 2 % (half a step of
+    bfloat16, on either side of the scale).
     """
     differ = got != want
     assert int(differ.sum()) <= max(1e-4 * got.numel(), layout.token_bytes / 2)
     tokens = differ.any(-1)
     originals = (k[tokens].double(), v[tokens].double())
-    mine, other = decode_records(got[tokens], layout), decode_records(want[tokens], layout)
+    subtracted = None if references is None else references[tokens]
+    mine, other = (decode_records(each[tokens], layout, subtracted) for each in (got, want))
     for original, x, y in zip(originals, mine, other, strict=True):
         torch.testing.assert_close((x - original).norm(dim=-1), (y - original).norm(dim=-1), rtol=0.02, atol=0)
 
 
 def stored(name: str, k: torch.Tensor, v: torch.Tensor, cache: Cache, slots: torch.Tensor) -> torch.Tensor:
-    """A copy of the cache's pages after one implementation stored in them."""
+    """A copy of the cache's pages after one implementation stored the first sequence in them."""
     pages = cache.pages.clone()
     with ops.backend(name):
-        ops.store_kv(k, v, pages, slots, cache.layout)
+        ops.store_kv(k, v, pages, slots, cache.layout, previous=cache.previous(0))
     return pages
 
 
@@ -96,7 +99,8 @@ def test_the_cpu_stores_the_reference_bytes(spec: str, sizes: tuple[int, int]) -
         slots = cache.slots(0)
         want = Cache(layout, stored("reference", k, v, cache, slots), cache.table, cache.lengths)
         got = Cache(layout, stored("cpu", k, v, cache, slots), cache.table, cache.lengths)
-        assert_same_bytes(got.records(slots), want.records(slots), k, v, layout)
+        assert_same_bytes(got.records(slots), want.records(slots), k, v, layout, want.references(slots))
+        assert torch.equal(got.pages[:, :, layout.reference :], want.pages[:, :, layout.reference :])
 
 
 STRIDES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -129,16 +133,24 @@ def test_strides_do_not_matter(spec: str, stride: str, dtype: torch.dtype, backe
 def test_only_the_addressed_records_change(spec: str, backend: str) -> None:
     layout = PageLayout.of("kf32vf32" if spec == "f32" else spec, 64, 33, 32)
     pages = torch.randint(0, 256, layout.page_shape(4, 2), dtype=torch.uint8)
+    if layout.format.mean:
+        pages[:, :, layout.reference :] = layout.encode_reference(noise(4, 2, 64, seed=3))
     before = Cache(layout, pages.clone(), torch.empty(0), torch.empty(0))
     slots = torch.randperm(4 * 32)[:50]
     slots[::7] = -1 - slots[::7]
     k, v = noise(50, 2, 64, seed=1), noise(50, 2, 33, seed=2)
-    ops.store_kv(k, v, pages, slots, layout)
+    ops.store_kv(k, v, pages, slots, layout, previous=torch.full((50,), -1))
     after = Cache(layout, pages, before.table, before.lengths)
     kept = slots >= 0
     others = torch.tensor(sorted(set(range(4 * 32)) - set(slots.tolist())))
     assert torch.equal(after.records(others), before.records(others))
-    assert_same_bytes(after.records(slots[kept]), layout.encode(k[kept], v[kept]), k[kept], v[kept], layout)
+    opened = (slots[kept & (slots % 32 == 0)] // 32).tolist() if layout.format.mean else []
+    assert 0 < len(opened) < 4 or not layout.format.mean
+    closed = sorted(set(range(4)) - set(opened))
+    assert torch.equal(after.pages[closed][:, :, layout.reference :], before.pages[closed][:, :, layout.reference :])
+    references, k, v = after.references(slots[kept]), k[kept], v[kept]
+    want = layout.encode(k, v, None if references is None else references.float())
+    assert_same_bytes(after.records(slots[kept]), want, k, v, layout, references)
 
 
 def test_all_slots_negative_stores_nothing(backend: str) -> None:
@@ -148,9 +160,10 @@ def test_all_slots_negative_stores_nothing(backend: str) -> None:
     assert torch.equal(pages, cache.pages)
 
 
-def test_storing_token_by_token_gives_the_same_bytes(backend: str) -> None:
+@pytest.mark.parametrize("spec", ["k4v3", "k3tv4t"])
+def test_storing_token_by_token_gives_the_same_bytes(spec: str, backend: str) -> None:
     """How many tokens are stored together may change a tie (matrix products round differently), and nothing else."""
-    layout = PageLayout.of("k4v3", 64, 128, 16)
+    layout = PageLayout.of(spec, 64, 128, 16)
     cache = empty_cache(layout, [48])
     k, v = noise(48, 2, 64, seed=1), noise(48, 2, 128, seed=2)
     slots = cache.slots(0)
@@ -229,14 +242,15 @@ def test_decode_formats(spec: str, backend: str) -> None:
 
 @pytest.mark.parametrize("sizes", HEAD_SIZES, ids=layout_id)
 def test_decode_head_sizes(sizes: tuple[int, int], backend: str) -> None:
-    for spec in ("k4v3", "k7v1", "kf8v2"):
+    for spec in ("k4v3", "k7v1", "kf8v2", "k4tv2t", "k2tv3t+mean"):
         cache = make_cache(PageLayout.of(spec, *sizes, 16), (33, 7, 48))
         check_decode(cache, noise(3, 1, 6, sizes[0]))
 
 
-def test_decode_across_splits(backend: str) -> None:
+@pytest.mark.parametrize("spec", ["k4v4", "k3tv4+mean"])
+def test_decode_across_splits(spec: str, backend: str) -> None:
     edge = cpu_kernels.SPLIT_TOKENS
-    cache = make_cache(PageLayout.of("k4v4", 32), (edge - 1, edge, edge + 1, 2 * edge + 17, 3), heads=1)
+    cache = make_cache(PageLayout.of(spec, 32), (edge - 1, edge, edge + 1, 2 * edge + 17, 3), heads=1)
     check_decode(cache, noise(5, 2, 2, 32))
 
 
@@ -266,23 +280,24 @@ VISIBILITY: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", ["k4v4", "k3v5", "bf16"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v5", "k3tv4+mean", "bf16"])
 @pytest.mark.parametrize("options", VISIBILITY.values(), ids=VISIBILITY)
 def test_decode_visibility(options: dict[str, Any], spec: str, backend: str) -> None:
     cache = make_cache(PageLayout.of(spec, 32, 64, 16), LENGTHS)
     check_decode(cache, noise(len(LENGTHS), 3, 4, 32), **options)
 
 
-def test_lag_and_first_split_at_a_token_across_splits(backend: str) -> None:
+@pytest.mark.parametrize("spec", ["k4v4", "k4v3t+mean"])
+def test_lag_and_first_split_at_a_token_across_splits(spec: str, backend: str) -> None:
     """The beginning of the visible tokens falls in the second split, the end in the third."""
     length = 2 * cpu_kernels.SPLIT_TOKENS + 90
-    cache = make_cache(PageLayout.of("k4v4", 32), (length, 40), heads=1)
+    cache = make_cache(PageLayout.of(spec, 32), (length, 40), heads=1)
     first = torch.tensor([cpu_kernels.SPLIT_TOKENS + 77, 2])
     check_decode(cache, noise(2, 3, 2, 32), first=first, lag=20, window=700)
 
 
 @pytest.mark.parametrize("num_queries", [16, 17, 40])
-@pytest.mark.parametrize("spec", ["k4v4", "k8v3", "kf8castv4"])
+@pytest.mark.parametrize("spec", ["k4v4", "k8v3", "kf8castv4", "k2tv4t+mean"])
 def test_decode_of_many_queries(spec: str, num_queries: int, backend: str) -> None:
     cache = make_cache(PageLayout.of(spec, 64, page_size=32), (0, 20, 90))
     check_decode(cache, noise(3, num_queries, 4, 64), window=30)
@@ -290,7 +305,7 @@ def test_decode_of_many_queries(spec: str, num_queries: int, backend: str) -> No
 
 @pytest.mark.parametrize("options", [{}, {"window": 45}, {"lag": 20}, {"softcap": 3.0}], ids=str)
 @pytest.mark.parametrize("num_queries", [3, 20])
-@pytest.mark.parametrize("spec", ["k4v4", "exact"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3tv3+mean", "exact"])
 def test_decode_in_small_windows(
     spec: str, num_queries: int, options: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,7 +457,7 @@ def test_a_sequence_gives_the_same_bits_alone_and_in_a_batch(heads: int, group: 
                 assert torch.equal(x[0], y[b])
 
 
-@pytest.mark.parametrize("spec", ["k4v4", "k3v8", "kf8v2"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v8", "k3tv4t", "kf8v2"])
 def test_threads_and_repetition_change_no_bit(spec: str) -> None:
     cache = make_cache(PageLayout.of(spec, 64, page_size=16), (1500, 3, 600))
     q = noise(3, 2, 8, 64)
@@ -489,7 +504,7 @@ def prefill_case(
 @pytest.mark.parametrize(
     "option", [{}, {"window": 12}, {"softcap": 2.0}, {"mask": True}], ids=["plain", "window", "softcap", "mask"]
 )
-@pytest.mark.parametrize("spec", ["k4v4", "k3v5", "kf8v4", "exact"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v5", "k4tv3t+mean", "kf8v4", "exact"])
 @pytest.mark.parametrize("chunk", ["exact", "packed"])
 def test_prefill(chunk: str, spec: str, option: dict[str, Any], backend: str) -> None:
     layout = PageLayout.of(spec, 64, 32, 16)
@@ -601,7 +616,7 @@ HARD = (
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["towards", "away"])
-@pytest.mark.parametrize("spec", ["k4v4", "kf8v3", "exact"])
+@pytest.mark.parametrize("spec", ["k4v4", "kf8v3", "k3tv4t+mean", "exact"])
 @pytest.mark.parametrize("kind", HARD)
 def test_hard_scores(kind: str, spec: str, sign: int, backend: str) -> None:
     tokens = cpu_kernels.SPLIT_TOKENS + 60
@@ -613,11 +628,12 @@ def test_hard_scores(kind: str, spec: str, sign: int, backend: str) -> None:
     check_decode(cache, q, scale=scale)
 
 
-@pytest.mark.parametrize("spec", ["k1v1", "k4v4", "k8v8", "kf8vf8", "kf8castv4", "exact"])
+@pytest.mark.parametrize("spec", ["k1v1", "k4v4", "k8v8", "k2tv4t", "k3tv3t+mean", "kf8vf8", "kf8castv4", "exact"])
 def test_zero_vectors_are_stored_as_zero(spec: str, backend: str) -> None:
     layout = PageLayout.of(spec, 32, page_size=16)
     cache = empty_cache(layout, [5])
-    ops.store_kv(torch.zeros(5, 2, 32), torch.zeros(5, 2, 32), cache.pages, cache.slots(0), layout)
+    zeros = torch.zeros(5, 2, 32)
+    ops.store_kv(zeros, zeros, cache.pages, cache.slots(0), layout, previous=cache.previous(0))
     for x in ops.load_kv(cache.pages, cache.table, layout, 5):
         assert torch.equal(x, torch.zeros_like(x))
     out, lse = ops.decode_attention(noise(1, 1, 2, 32), cache.pages, cache.table, cache.lengths, layout, scale=1.0)
@@ -690,8 +706,9 @@ def test_tables_live_as_long_as_their_addresses_are_used() -> None:
     from kvfold.ops import cpu
 
     layout = PageLayout.of("k4v4", 32, page_size=16)
-    alive = weakref.ref(cpu._kept_side(layout, False)[1][0])
-    for k, v, page_size, is_value in itertools.product(range(1, 9), range(1, 9), (16, 32, 64), (False, True)):
-        cpu._side(PageLayout.of(f"k{k}v{v}", 32, page_size=page_size), is_value)
+    alive = weakref.ref(cpu._kept_side(layout, False, False)[1][0])
+    many = itertools.product(range(1, 9), range(1, 9), (16, 32, 64), (False, True), (False, True))
+    for k, v, page_size, is_value, stored in many:  # more than are kept
+        cpu._side(PageLayout.of(f"k{k}v{v}", 32, page_size=page_size), is_value, stored)
         cpu._side(layout, False)
     assert alive() is not None

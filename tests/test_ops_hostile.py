@@ -16,6 +16,7 @@ from conftest import BACKENDS
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from ops_cases import (
+    ALONE,
     FORMATS,
     Expected,
     assert_close,
@@ -522,7 +523,7 @@ def test_whatever_is_changed_is_served_or_refused(call: str, name: str, data: st
 @pytest.mark.parametrize("name", BACKENDS)
 def test_any_numbers_are_stored_without_touching_a_neighbour(name: str, data: st.DataObject) -> None:
     """Whatever one token holds, the tokens before and after it, in the same call, are stored as beside a zero."""
-    layout = PageLayout.of(data.draw(st.sampled_from(FORMATS)), 16, page_size=16)
+    layout = PageLayout.of(data.draw(st.sampled_from(ALONE)), 16, page_size=16)
     special = st.sampled_from([0.0, -0.0, 1e-45, 1e-38, 1e30, 3e38, float("nan"), float("inf"), -float("inf")])
     x = torch.tensor(data.draw(st.lists(st.floats(width=32) | special, min_size=16, max_size=16)))
     results = []

@@ -17,6 +17,7 @@ from kvfold.ops.options import AttentionOptions
 
 NAME = LayoutName("k4v3", 32, 64, 16)
 """K and V differ in size, so that a fake kernel that confuses them is found out."""
+MEAN = LayoutName("k3tv4+mean", 32, 64, 16)
 
 
 def decode_arguments(**changes: Any) -> tuple[Any, ...]:
@@ -40,9 +41,12 @@ def prefill_arguments(exact: bool, dtype: torch.dtype = torch.float32) -> tuple[
     )  # fmt: skip
 
 
-def store_arguments() -> tuple[Any, ...]:
-    cache = make_cache(NAME.layout(), (20,))
-    return noise(5, 2, 32), noise(5, 2, 64), cache.pages, torch.tensor([3, 17, -1, 20, 4]), NAME.format, 16
+def store_arguments(name: LayoutName = NAME) -> tuple[Any, ...]:
+    cache = make_cache(name.layout(), (20,))
+    slots, previous = torch.tensor([3, 17, -1, 32, 33]), torch.tensor([0, 0, 0, 1, 0])
+    if name is NAME:
+        return noise(5, 2, 32), noise(5, 2, 64), cache.pages, slots, None, name.format, 16
+    return noise(5, 2, 32), noise(5, 2, 64), cache.pages, slots, previous, name.format, 16
 
 
 def load_arguments() -> tuple[Any, ...]:
@@ -52,6 +56,7 @@ def load_arguments() -> tuple[Any, ...]:
 
 CASES: dict[str, tuple[Any, Callable[[], tuple[Any, ...]]]] = {
     "store_kv": (torch.ops.kvfold.store_kv, store_arguments),
+    "store_kv-mean": (torch.ops.kvfold.store_kv, lambda: store_arguments(MEAN)),
     "load_kv": (torch.ops.kvfold.load_kv, load_arguments),
     "decode": (torch.ops.kvfold.decode_attention, decode_arguments),
     "decode-bfloat16": (
@@ -76,7 +81,7 @@ def test_opcheck(case: str, backend: str) -> None:
     torch.library.opcheck(op.default, arguments())
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "store_kv"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("store_kv")])
 def test_fake_kernels_promise_what_comes(case: str, backend: str) -> None:
     """Shape, dtype and strides: what a compiled graph plans with."""
     op, build = CASES[case]
@@ -88,29 +93,31 @@ def test_fake_kernels_promise_what_comes(case: str, backend: str) -> None:
 
 
 def step(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, table: torch.Tensor,
-    lengths: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor,
+    previous: torch.Tensor | None, table: torch.Tensor, lengths: torch.Tensor, name: LayoutName,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """What an engine's decode step does: store its token, then attend, twice to see that pages are not cached."""
-    library.store_kv(k, v, pages, slots, NAME)
-    out, lse = library.decode_attention(q * 2, pages, table, lengths, NAME, AttentionOptions(0.2, window=30))
-    library.store_kv(k.flip(0), v, pages, slots, NAME)
-    again, _ = library.decode_attention(q, pages, table, lengths, NAME, AttentionOptions(0.2))
+    library.store_kv(k, v, pages, slots, previous, name)
+    out, lse = library.decode_attention(q * 2, pages, table, lengths, name, AttentionOptions(0.2, window=30))
+    library.store_kv(k.flip(0), v, pages, slots, previous, name)
+    again, _ = library.decode_attention(q, pages, table, lengths, name, AttentionOptions(0.2))
     return out + again, lse
 
 
+@pytest.mark.parametrize("name", [NAME, MEAN], ids=lambda name: name.format)
 @pytest.mark.parametrize("engine", ["eager", "aot_eager"])
-def test_a_compiled_step_gives_what_eager_gives(engine: str, backend: str) -> None:
+def test_a_compiled_step_gives_what_eager_gives(engine: str, name: LayoutName, backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend=engine)
     for batch in (2, 3):  # the second size makes the graph dynamic
-        cache = make_cache(NAME.layout(), [20] * batch)
+        cache = make_cache(name.layout(), [17] * batch)  # of which the last opens a page
         slots = torch.stack([cache.slots(b)[-1] for b in range(batch)])
+        previous = cache.table[:, 0].long() if name is MEAN else None
         q, k, v = noise(batch, 1, 4, 32), noise(batch, 2, 32, seed=1), noise(batch, 2, 64, seed=2)
         pages = cache.pages.clone()
-        want = step(q, k, v, pages, slots, cache.table, cache.lengths)
+        want = step(q, k, v, pages, slots, previous, cache.table, cache.lengths, name)
         compiled_pages = cache.pages.clone()
-        got = compiled(q, k, v, compiled_pages, slots, cache.table, cache.lengths)
+        got = compiled(q, k, v, compiled_pages, slots, previous, cache.table, cache.lengths, name)
         assert torch.equal(compiled_pages, pages)
         assert not torch.equal(pages, cache.pages)
         for x, y in zip(got, want, strict=True):

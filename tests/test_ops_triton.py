@@ -85,9 +85,9 @@ def check_decode(cache: Cache, q: torch.Tensor, scale: float | None = None, **op
 
 
 def stored(k: torch.Tensor, v: torch.Tensor, cache: Cache, slots: torch.Tensor) -> Cache:
-    """A cache like this one after the kernels stored in it."""
+    """A cache like this one after the kernels stored its first sequence in it."""
     pages = on(cache.pages.clone())
-    kernels.store_kv(on(k), on(v), pages, on(slots), cache.layout)
+    kernels.store_kv(on(k), on(v), pages, on(slots), cache.layout, on(cache.previous(0)))
     return Cache(cache.layout, pages.cpu(), cache.table, cache.lengths)
 
 
@@ -100,6 +100,7 @@ SEVERAL = ((128, 64), (33, 80), (32, 256))
     [
         *((f"k{bits}v{9 - bits}", SMALL) for bits in range(1, 9)),
         *(("k4v4", SEVERAL), ("k3v2", SEVERAL), ("k4v4+plain", SMALL), ("k4v3+nc", SMALL), ("k8v2+mse+pre5", SMALL)),
+        *(("k2tv3t", SMALL), ("k4tv2+nc", SMALL), ("k3tv4t+mean", ((80, 40),)), ("k4v4+mean", SMALL)),
     ],
     ids=str,
 )
@@ -111,7 +112,38 @@ def test_store_writes_the_reference_bytes(spec: str, all_sizes: tuple[tuple[int,
         slots = cache.slots(0)
         got = stored(k, v, cache, slots)
         fill(cache, 0, k, v)
-        assert_same_bytes(got.records(slots), cache.records(slots), k, v, layout)
+        assert_same_bytes(got.records(slots), cache.records(slots), k, v, layout, cache.references(slots))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        *((40,), (19, 1, 1, 19), (3, 37)),  # own keys; too few of them, with the page before as it is stored; no page
+        (16, 17, 7),  # too few, and the page before comes in the same call
+        *((5, 12, 23), (14, 4, 22)),  # the page before in part: its keys of this call, or the stored ones
+    ],
+    ids=str,
+)
+def test_pages_are_opened_as_the_reference_opens_them(steps: tuple[int, ...]) -> None:
+    layout = PageLayout.of("k4v4+mean", 40, page_size=16)
+    cache = empty_cache(layout, [40])
+    k, v = noise(40, 2, 40, seed=1) + 3 * noise(2, 40, seed=2), noise(40, 2, 40, seed=3)
+    k[18, 1, 5], k[20, 0] = torch.nan, k[20, 0] * 1e4
+    slots, previous = cache.slots(0), cache.previous(0)
+    assert previous is not None
+    got, want = on(cache.pages.clone()), cache.pages.clone()
+    begin = 0
+    for count in steps:
+        part = slice(begin, begin + count)
+        kernels.store_kv(*on(k[part], v[part]), got, on(slots[part]), layout, on(previous[part]))
+        reference.store_kv(k[part], v[part], want, slots[part], layout, previous[part])
+        begin += count
+    pages = cache.table[0, :3].long()
+    mine, its = (layout.decode_reference(each[pages]) for each in (got.cpu(), want))
+    assert its.isfinite().all()
+    # a code's rounding may differ by one, and scales not at all
+    torch.testing.assert_close(mine, its, rtol=0, atol=1.01 * float(its.abs().max()) / 127)
+    assert (mine != its).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("stride", STRIDES)
@@ -152,7 +184,13 @@ def test_zero_huge_tiny_and_bad_vectors_are_stored_as_the_reference_does() -> No
         torch.testing.assert_close(x, y, rtol=2.0**-7, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(("spec", "sizes"), [("k4v3", (64, 80)), ("k7v8", (64, 32)), ("k1v5", (33, 64))])
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [
+        *(("k4v3", (64, 80)), ("k7v8", (64, 32)), ("k1v5", (33, 64))),
+        *(("k3tv4t", (80, 40)), ("k2tv2t+mean", (40, 64))),
+    ],
+)
 def test_load(spec: str, sizes: tuple[int, int]) -> None:
     cache = make_cache(PageLayout.of(spec, *sizes, 16), (40, 17))
     loaded = kernels.load_kv(*on(cache.pages, cache.table), cache.layout, 17)
@@ -164,11 +202,23 @@ def test_load(spec: str, sizes: tuple[int, int]) -> None:
 # --- decode -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [f"k{bits}v{9 - bits}" for bits in range(1, 9)] + ["k4v4", "k3v3", "k2v2"])
+TRELLIS_AND_MEAN = ["k2tv3t", "k3tv2t", "k4tv4t", "k4v4+mean", "k3tv2t+mean", "k6v3+mean"]
+
+
+@pytest.mark.parametrize(
+    "spec", [f"k{bits}v{9 - bits}" for bits in range(1, 9)] + ["k4v4", "k3v3", "k2v2", *TRELLIS_AND_MEAN]
+)
 def test_decode_formats(spec: str) -> None:
     for sizes, page_size in (((64, 32), 16), ((128, 64), 64)):
         cache = make_cache(PageLayout.of(spec, *sizes, page_size), (1, 65), heads=1)
         check_decode(cache, noise(2, 1, 2, sizes[0]))
+
+
+@pytest.mark.parametrize("sizes", [(128, 80), (40, 96)], ids=str)
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_decode_of_trellises_and_references(sizes: tuple[int, int], page_size: int) -> None:
+    layout = PageLayout.of("k3tv2t+mean", *sizes, page_size)
+    check_decode(make_cache(layout, [70, 1, 33]), noise(3, 2, 4, sizes[0]))
 
 
 @pytest.mark.parametrize("sizes", [(32, 32), (80, 112), (96, 64), (192, 128), (256, 256)], ids=str)
@@ -318,7 +368,11 @@ def test_the_portable_look_up_gives_the_same_levels(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("option", [{}, {"window": 12}, {"softcap": 2.0}, {"mask": True}], ids=str)
-@pytest.mark.parametrize(("spec", "dtype"), [("k4v4", torch.float32), ("k3v5", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [("k4v4", torch.float32), ("k3v5", torch.bfloat16), ("k3tv4t+mean", torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("chunk", ["exact", "packed"])
 def test_prefill(chunk: str, spec: str, dtype: torch.dtype, option: dict[str, Any]) -> None:
     layout = PageLayout.of(spec, 64, 32, 16)
@@ -384,7 +438,7 @@ def test_a_bad_vector_of_the_chunk_reaches_only_who_sees_it(bad: str) -> None:
 # --- what is served ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("spec", "word"), [("kf8vf8", "f8"), ("bf16", "bf16"), ("k4v4", None), ("k1v8", None)])
+@pytest.mark.parametrize(("spec", "word"), [("kf8vf8", "f8"), ("bf16", "bf16"), ("k4v4", None), ("k3tv8+mean", None)])
 def test_supports(spec: str, word: str | None) -> None:
     reason = kernels.supports(PageLayout.of(spec, 64))
     assert reason is None if word is None else word in str(reason)

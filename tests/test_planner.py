@@ -122,7 +122,7 @@ def test_rows_begin_with_the_baselines_and_have_no_doubles() -> None:
 # --- what is planned is what is allocated -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["bf16", "exact", "fp8", "fp8_cast", "k4v4", "k3v5", "kf8v1"])
+@pytest.mark.parametrize("format", ["bf16", "exact", "fp8", "fp8_cast", "k4v4", "k3v5", "kf8v1", "k3tv2t", "k4v4+mean", "k2tvf8+mean"])
 @pytest.mark.parametrize("sizes", [(128, 128), (80, 80), (512, 64), (9, 31)])
 def test_equals_the_layout(format: str, sizes: tuple[int, int]) -> None:
     for page_size in (16, 32, 64):
@@ -236,6 +236,6 @@ def test_wrong_input() -> None:
     with pytest.raises(FormatError, match="did you mean"):
         plan(QWEN3_8B, 1, 1, ["k9v9"])
     with pytest.raises(NotBuiltError, match="not built yet"):
-        plan(QWEN3_8B, 1, 1, ["k4tv4t"])
+        plan(QWEN3_8B, 1, 1, ["k4qv4q"])
     with pytest.raises(UnsupportedModelError, match="nothing to plan"):
         plan(ModelShape((LayerGroup("linear", 24),)), 1, 1)

@@ -104,7 +104,7 @@ def test_crop_refuses_nonsense(llama, max_length: int | None) -> None:  # type: 
 
 
 @STATIC
-@pytest.mark.parametrize("fmt", ["k4v4", "k3v3+sinks2+tail4"])
+@pytest.mark.parametrize("fmt", ["k4v4", "k4tv3t+mean", "k3v3+sinks2+tail4"])
 def test_rows_move_bit_for_bit(llama, fmt: str, max_length: int | None) -> None:  # type: ignore[no-untyped-def]
     ids = prompt(rows=3, tokens=20)["input_ids"]
     step = torch.tensor([[5], [6], [7]])
@@ -208,7 +208,7 @@ def test_decoding_compiles_with_inductor(llama) -> None:  # type: ignore[no-unty
         assert close(logits(step, one, compiled), logits(llama, one, eager))
 
 
-@pytest.mark.parametrize("fmt", ["k4v4", "k3v2", "kf8vf8", "k4v4+sinks4+tail16", "bf16", "exact"])
+@pytest.mark.parametrize("fmt", ["k4v4", "k3v2", "k3tv2t", "k4v4+mean", "k4tv4t+mean+sinks4+tail16", "kf8vf8", "k4v4+sinks4+tail16", "bf16", "exact"])
 @pytest.mark.parametrize("max_length", [None, 100])
 def test_live_bytes_equal_the_planners(llama, fmt: str, max_length: int | None) -> None:  # type: ignore[no-untyped-def]
     cache = KVCache(llama.config, fmt, max_length=max_length)
@@ -261,8 +261,8 @@ def _prefilled(model) -> DynamicCache:  # type: ignore[no-untyped-def]
     ("options", "error", "words"),
     [
         ({"format": "k4v44"}, FormatError, "did you mean"),
-        ({"format": "k3tv3t"}, NotBuiltError, "not built yet"),
-        ({"format": "k4v4+mean"}, NotBuiltError, "not built yet"),
+        ({"format": "k3qv3q"}, NotBuiltError, "not built yet"),
+        ({"format": "k4v2.5+mean"}, NotBuiltError, "not built yet"),
         ({"page_size": 48}, FormatError, "page_size 48"),
         ({"chunk": "exakt"}, FormatError, "'exact', 'packed'"),
         ({"max_length": 0}, FormatError, "positive"),

@@ -195,7 +195,9 @@ def test_additional_config_says_format_and_chunk_rule(
         ({"turboquant": "k4v5v"}, {}, FormatError, "unknown format"),
         ({"turboquant": "kf8vf8"}, {}, FormatError, "fp8 caches of its own"),
         ({"turboquant": "k4v4+sinks4"}, {}, NotBuiltError, "leave them out"),
-        ({"turboquant": "k3tv3t"}, {}, NotBuiltError, "not built"),
+        ({"turboquant": "k3qv3q"}, {}, NotBuiltError, "not built"),
+        ({"turboquant": "k3v3+mean"}, {}, NotBuiltError, r"leave \+mean out"),
+        ({"turboquant": "k3tv3t"}, {}, FormatError, "1 to 8 bits, and K is 3t"),
     ],
     ids=str,
 )

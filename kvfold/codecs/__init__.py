@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import torch
 
-from kvfold.codecs import exact, fp8, lloyd
+from kvfold.codecs import exact, fp8, lloyd, trellis
 from kvfold.formats import Side
 from kvfold.rotation import rotate
 
-_FAMILIES = {"lloyd": lloyd, "fp8": fp8, "fp8cast": fp8, "exact": exact}
+_FAMILIES = {"lloyd": lloyd, "trellis": trellis, "fp8": fp8, "fp8cast": fp8, "exact": exact}
 
 __all__ = ["decode", "encode"]
 
 
-def encode(x: torch.Tensor, side: Side) -> tuple[torch.Tensor, torch.Tensor | None]:
+def encode(
+    x: torch.Tensor, side: Side, reference: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Quantise vectors.
 
     Args:
         x: ``[..., d]`` vectors in the model's basis, any floating dtype.
         side: What to store them as.
+        reference: ``[..., d]`` in the stored basis, float32: what is quantised is the difference from it.
 
     Returns:
         Codes ``[..., d]`` (uint8; int16 or int32 bit patterns for ``exact``) and, if ``side.scaled``, the scales
@@ -36,7 +39,8 @@ def encode(x: torch.Tensor, side: Side) -> tuple[torch.Tensor, torch.Tensor | No
         NotBuiltError: The side's family is not built yet.
     """
     side.planes()
-    return _FAMILIES[side.family].encode(rotate(x) if side.rotated else x, side)
+    stored = rotate(x) if side.rotated else x
+    return _FAMILIES[side.family].encode(stored if reference is None else stored - reference, side)
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor | None, side: Side) -> torch.Tensor:

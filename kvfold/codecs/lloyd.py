@@ -1,41 +1,17 @@
 """TurboQuant_mse (arXiv 2504.19874, section 3.1): Lloyd–Max per coordinate of the rotated, normalised vector.
 
-Two things improve on the paper at the same bytes (both at encode time, decoding does not know):
-
-* Prescale search: quantise at several prescales around 1 and keep the one whose reconstruction has the best cosine with
-  the vector. About -15 % distortion at 4 bits.
-* Scale rules. With z the vector in units of its prescaled root mean square s, and z0 = Q(z) the levels of its codes,
-  the stored scale is
-
-      plain     s                        the paper's: the norm, divided by sqrt(d)
-      unbiased  s <z, z> / <z, z0>       makes <x, x̂> = |x|^2, so that scores are not shrunk (after EDEN, RaBitQ)
-      nc        s |z| / |z0|             makes |x̂| = |x| ("norm correction", unit-norm reconstruction)
-      mse       s <z, z0> / <z0, z0>     least squared error of this vector
-
-The scale is bfloat16, and s is rounded to bfloat16 *before* the codes are chosen, so that under ``plain`` rounding
-costs nothing. A zero vector has scale 0; a vector with a non-finite coordinate has scale NaN, so that whoever attends
-to it gets NaN, as from an uncompressed cache, and never a plausible number.
+Each coordinate, in units that :mod:`kvfold.codecs.scaling` chooses, becomes the nearest of 2^b levels.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
-import numpy as np
 import torch
 
 from kvfold.codebooks import lloyd_max
+from kvfold.codecs import scaling
 from kvfold.formats import Side
-
-
-def prescale_candidates(count: int) -> tuple[float, ...]:
-    """Prescales tried at encode time, 1 first so that ties keep it: within 10 % for three, 20 % for more."""
-    reach = 0.1 if count <= 3 else 0.2
-    return (
-        tuple(sorted(np.linspace(1 - reach, 1 + reach, count).round(6).tolist(), key=lambda p: abs(p - 1)))
-        if count > 1
-        else (1.0,)
-    )
 
 
 @lru_cache(maxsize=256)
@@ -48,46 +24,14 @@ def tables(bits: int, head_size: int, device: torch.device) -> tuple[torch.Tenso
 
 def encode(y: torch.Tensor, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotated vectors ``[..., d]`` to codes and scales; see :func:`kvfold.codecs.encode`."""
-    y = y.float()
-    bits, head_size = int(side.bits), y.shape[-1]
-    levels, thresholds = tables(bits, head_size, y.device)
-
-    largest = y.abs().amax(dim=-1, keepdim=True)  # taken out first: |y|^2 of 1e30 overflows float32
-    finite = torch.isfinite(largest)
-    divisor = torch.where(finite & (largest > 0), largest, 1.0)
-    y = torch.where(finite, y / divisor, 0.0)
-    rms = torch.linalg.vector_norm(y, dim=-1, keepdim=True) / head_size**0.5
-
-    best: tuple[torch.Tensor, ...] | None = None
-    for prescale in prescale_candidates(side.prescales):
-        scale = (rms * prescale * divisor).bfloat16().float()
-        z = y * torch.where(scale > 0, divisor / scale, 0.0)
-        index = torch.bucketize(z.abs(), thresholds).to(torch.uint8)
-        code = index | ((z < 0).to(torch.uint8) << (bits - 1))
-        z0 = levels[code.int()]
-        e = z - z0
-        zz, ze, ee = ((a * b).sum(-1, keepdim=True) for a, b in ((z, z), (z, e), (e, e)))
-        zz0, z0z0 = zz - ze, zz - 2 * ze + ee
-        sine = (zz * ee - ze * ze) / (zz * z0z0)  # 1 - cos^2, without the cancellation that hides it at 8 bits
-        if best is None:
-            best = (sine, code, torch.where(scale > 0, _stored(side.scale, scale, zz, zz0, z0z0), 0.0))
-        else:
-            better = sine < best[0]
-            candidate = (sine, code, torch.where(scale > 0, _stored(side.scale, scale, zz, zz0, z0z0), 0.0))
-            best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
-    assert best is not None
-    stored = torch.where(finite, torch.where(rms > 0, best[2], 0.0), float("nan"))
-    return best[1], stored.squeeze(-1).bfloat16()
+    return scaling.encode(y, side, partial(_nearest, bits=int(side.bits)))
 
 
-def _stored(rule: str, s: torch.Tensor, zz: torch.Tensor, zz0: torch.Tensor, z0z0: torch.Tensor) -> torch.Tensor:
-    if rule == "unbiased":
-        return s * zz / zz0
-    if rule == "nc":
-        return s * (zz / z0z0).sqrt()
-    if rule == "mse":
-        return s * zz0 / z0z0
-    return s
+def _nearest(z: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    levels, thresholds = tables(bits, z.shape[-1], z.device)
+    index = torch.bucketize(z.abs(), thresholds).to(torch.uint8)
+    code = index | ((z < 0).to(torch.uint8) << (bits - 1))
+    return code, levels[code.int()]
 
 
 def decode(codes: torch.Tensor, scale: torch.Tensor, side: Side) -> torch.Tensor:

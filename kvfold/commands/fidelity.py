@@ -1,39 +1,45 @@
 """How far a compressed cache moves a model's predictions: KL divergence, top-1 agreement and perplexity on a text.
 
 Teacher-forced: windows of the text go through the model once without compression and once for each format, with every
-query reading page bytes, its own token's included. The noise floor is the uncompressed model against itself with each
-window twice in a batch. Intervals: 95 % bootstrap over the windows.
+query reading page bytes, its own token's included. Other systems' formats stand in the same table: their K and V are
+quantised and de-quantised as those systems do it (:mod:`kvfold.eval.rivals`). The noise floor is the uncompressed model
+against itself with each window twice in a batch. Intervals: 95 % bootstrap over the windows.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
-import inspect
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvfold import __version__
 from kvfold.commands import UsageError, table
-from kvfold.commands.compare import TEXT
+from kvfold.commands.evaluation import (
+    bits_per_element,
+    check_context,
+    check_outputs,
+    environment_of,
+    first_tokens,
+    forward,
+    pick_device,
+    progress,
+    read_text,
+)
 from kvfold.commands.measure import (
     ORDINARY,
     Subject,
-    environment,
     load_subject,
     quiet_transformers,
-    read_prompt,
     say,
 )
 from kvfold.commands.plan import whole
-from kvfold.errors import CapacityError, KVFoldError
+from kvfold.errors import CapacityError, FormatError, KVFoldError
 from kvfold.formats import PAGE_SIZES, KVFormat
 from kvfold.models import SMOLLM2
 
@@ -41,15 +47,16 @@ if TYPE_CHECKING:
     import torch
 
     from kvfold.eval.fidelity import Bin, Floats, Interval, Reference, Tokens
+    from kvfold.eval.rivals import Rival
 
 EPILOG = """\
 JSON (--json FILE): command, date, environment, settings, measured_windows, scored_tokens, baseline {perplexity}, rows
-[{kind (noise, format), format, bits_per_element, bytes_per_token, cache, kl_mean, kl_median, kl_p999, top1, perplexity,
-perplexity_change, positions [{first, last, kl}]}]. Every measured figure is {value, low, high}; low and high are null
-with a single window. KL in nats per token; top1 and perplexity_change are fractions. The noise floor has no bits and no
-bytes.
+[{kind (noise, format, rival), format, source, bits_per_element, bytes_per_token, cache, kl_mean, kl_median, kl_p999,
+top1, perplexity, perplexity_change, positions [{first, last, kl}]}]. Every measured figure is {value, low, high}; low
+and high are null with a single window. KL in nats per token; top1 and perplexity_change are fractions. The noise floor
+has no bits and no bytes; only a rival, another system's format, has a source.
 
-example: kvfold fidelity --text wiki.test.raw --format k4v4 k3v3 --json fidelity.json --plot fidelity.png
+example: kvfold fidelity --text wiki.test.raw --format k4v4 vllm:4bit_nc paper:mse4 --json fidelity.json
 """
 
 FORMATS = ("fp8", "k8v8", "k4v4", "k3v3", "k2v2")
@@ -61,11 +68,17 @@ MIN_WINDOW = 128
 PROBE = 80
 """Tokens of the pass that shows, before minutes of measuring, whether a format runs; it compiles the kernels too."""
 NOISE = "noise floor"
+MARKERS = {"noise": ".", "format": "o", "rival": "s"}
+LINES = ("-", "--", ":")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--format", nargs="+", action="extend", metavar="F", help=f"one format or several ({' '.join(FORMATS)})"
+        "--format",
+        nargs="+",
+        action="extend",
+        metavar="F",
+        help=f"formats, or other systems' such as vllm:4bit_nc, paper:mse4, ggml:q4_0 ({' '.join(FORMATS)})",
     )
     parser.add_argument("--model", default=SMOLLM2, help="smollm2, a directory or a hub name (%(default)s)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (the beginning of Moby Dick, 6.8 kB)")
@@ -84,11 +97,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    formats = list(dict.fromkeys(KVFormat.parse(spec).require_built() for spec in args.format or FORMATS))
-    _check_outputs(args.json, args.plot)
-    path, text = _text(args.text)
+    formats = list(dict.fromkeys(map(parse_format, args.format or FORMATS)))
+    check_outputs(args.json, args.plot)
+    path, text = read_text(args.text)
     _check_length(args.window_tokens)
-    device = _device(args.device)
+    device = pick_device(args.device)
     import torch
 
     with quiet_transformers():
@@ -99,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         head = {
             "command": shlex.join(["kvfold", *sys.argv[1:]]),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "environment": _environment(device),
+            "environment": environment_of(device),
             "settings": _settings(args, subject, formats, path, text, cut),
         }
         measured = Measured(columns)
@@ -120,33 +133,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_outputs(json_path: Path | None, plot_path: Path | None) -> None:
-    """Refuse files that cannot be written: before minutes of measuring, not after."""
-    for path in (json_path, plot_path):
-        if path is not None and path.is_dir():
-            raise UsageError(f"{path} is a folder: name a file in it")
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UsageError(f"{path}: there is no folder {path.absolute().parent}")
-    if plot_path is None:
-        return
-    from kvfold.bench.report import require_matplotlib
+def parse_format(text: str) -> KVFormat | Rival:
+    """A format of kvfold's or of another system's; the latter by the names of :mod:`kvfold.eval.rivals`.
 
-    require_matplotlib()
-    from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
+    Raises:
+        FormatError: Neither has this name; the message proposes the nearest.
+        NotBuiltError: It is kvfold's, and not built yet.
+    """
+    from kvfold.eval import rivals
 
-    known = Figure().canvas.get_supported_filetypes()
-    if plot_path.suffix.lower().removeprefix(".") not in known:
-        raise UsageError(f"argument --plot: {plot_path} has none of the endings {', '.join(sorted(known))}")
+    rival = rivals.find(text)
+    if rival is not None:
+        return rival
+    try:
+        return KVFormat.parse(text).require_built()
+    except FormatError as error:
+        hint = rivals.near(text)
+        raise FormatError(f"{error}; or of other systems: {hint}") from None if hint else error
 
 
 # --- what to measure on -----------------------------------------------------------------------------------------------
-
-
-def _text(path: Path | None) -> tuple[Path, str]:
-    if path is None and not TEXT.exists():
-        raise UsageError("the excerpt of Moby Dick is in the repository, not in the package: give --text FILE")
-    path = TEXT if path is None else path
-    return path, read_prompt(path)
 
 
 def _check_length(window_tokens: int) -> None:
@@ -157,25 +163,6 @@ def _check_length(window_tokens: int) -> None:
             f"argument --window-tokens: {window_tokens} is too short, because only positions from {FIRST_POSITION} on "
             f"are scored: give {MIN_WINDOW} or more"
         )
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"argument --device: {name!r} is not one of auto, cpu, cuda and cuda:N")
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise UsageError(f"argument --device: {name}: torch finds {count} CUDA devices; give --device auto or cpu")
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # kernels are launched on the current one
-    return device
 
 
 @dataclass(frozen=True)
@@ -201,14 +188,9 @@ def cut_windows(subject: Subject, text: str, path: Path, windows: int, window_to
     """
     import torch
 
-    config = subject.model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if isinstance(limit, int) and window_tokens > limit:
-        raise UsageError(f"windows of {window_tokens:,} tokens are longer than the model's context of {limit:,}")
-    tokenizer = subject.tokenizer
-    start = tokenizer("a")["input_ids"][:1]
-    bos = start if start == [tokenizer.bos_token_id] else []
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    check_context(subject, window_tokens, "windows")
+    bos = first_tokens(subject)
+    tokens = subject.tokenizer(text, add_special_tokens=False)["input_ids"]
     piece = window_tokens - len(bos)
     if len(tokens) < windows * piece:
         fit, whole_text = len(tokens) // piece, len(tokens) + len(bos)
@@ -235,35 +217,46 @@ class Column:
     """One format, or the noise floor, and what has been measured of it: an entry of ``tokens`` for each window.
 
     Attributes:
-        kind: ``noise`` or ``format``.
-        bits: The format's own all-in bits per element, over the compressed layers.
-        bytes_per_token: Live bytes after a window, over all layers, exact sinks and tail included.
+        kind: ``noise``, ``format`` or ``rival``.
+        bits: The format's own all-in bits per element, over the compressed layers; a rival's also over those that it
+            leaves alone.
+        bytes_per_token: Live bytes after a window, over all layers, exact sinks and tail included. A rival packs
+            nothing: its bytes follow from its bits.
         cache: The cache, in words: which layers are not compressed.
     """
 
     kind: str
     name: str
-    format: KVFormat | None = None
+    format: KVFormat | Rival | None = None
     bits: float | None = None
     bytes_per_token: float | None = None
     cache: str | None = None
     tokens: list[Tokens] = field(default_factory=list)
 
 
-def _probe(subject: Subject, fmt: KVFormat, ids: torch.Tensor, args: argparse.Namespace) -> Column:
+def _new_cache(subject: Subject, fmt: KVFormat | Rival, args: argparse.Namespace) -> Any:
+    """A fresh cache, and the model with the attention that belongs to it."""
+    if isinstance(fmt, KVFormat):
+        return subject.new_cache(fmt, args.page_size, args.chunk)
+    from kvfold.eval.rivals.cache import RivalCache
+
+    subject.new_cache(None, args.page_size, args.chunk)  # gives the model its own attention back
+    return RivalCache(subject.model.config, fmt, args.chunk)
+
+
+def _probe(subject: Subject, fmt: KVFormat | Rival, ids: torch.Tensor, args: argparse.Namespace) -> Column:
     """Run a format on a few tokens, so that what cannot run is refused now."""
     import torch
 
     say(f"trying {fmt}")
-    cache = subject.new_cache(fmt, args.page_size, args.chunk)
+    cache = _new_cache(subject, fmt, args)
     with torch.inference_mode():
-        _forward(subject, ids[:1, :PROBE], cache)
+        forward(subject, ids[:1, :PROBE], cache)
         if args.chunk == "exact":  # kernels for a chunk on a stored prefix
-            _forward(subject, ids[:1, PROBE : PROBE + 16], cache)
-    layouts = [(layer.num_heads, layer.layout) for layer in cache.compressed_layers.values()]
-    stored = sum(heads * fmt.bytes_per_token(at.head_size, at.head_size_v) for heads, at in layouts)
-    elements = sum(heads * (at.head_size + at.head_size_v) for heads, at in layouts)
-    return Column("format", str(fmt), fmt, 8 * stored / elements, cache=repr(cache))
+            forward(subject, ids[:1, PROBE : PROBE + 16], cache)
+    if not isinstance(fmt, KVFormat):
+        return Column("rival", str(fmt), fmt, cache.bits_per_element(), cache=repr(cache))
+    return Column("format", str(fmt), fmt, bits_per_element(cache), cache=repr(cache))
 
 
 @dataclass
@@ -279,10 +272,11 @@ class Measured:
 
     def result(self) -> Result:
         """Figures and intervals over the windows that are complete; at least one must be."""
-        from kvfold.eval.fidelity import by_position, draw_windows, perplexity, summarise
+        from kvfold.eval.bootstrap import draw
+        from kvfold.eval.fidelity import by_position, perplexity, summarise
 
         count = self.windows
-        draws = draw_windows(count)
+        draws = draw(count)
         rows = [
             Row(
                 column,
@@ -297,7 +291,7 @@ class Measured:
 def _measure(args: argparse.Namespace, subject: Subject, ids: torch.Tensor, measured: Measured) -> None:
     import torch
 
-    with torch.inference_mode(), _progress(len(ids) * (1 + len(measured.columns))) as step:
+    with torch.inference_mode(), progress(len(ids) * (1 + len(measured.columns))) as step:
         for index in range(len(ids)):
             window, title = ids[index : index + 1], f"window {index + 1} of {len(ids)}"
             step(f"{title}: {ORDINARY}")
@@ -339,21 +333,16 @@ def _compressed(
     from kvfold.eval.fidelity import FIRST_POSITION, compare
 
     assert column.format is not None
-    cache = subject.new_cache(column.format, args.page_size, args.chunk)
+    cache = _new_cache(subject, column.format, args)
     length = window.shape[1] if args.chunk == "packed" else EXACT_CHUNK
-    pieces = [_forward(subject, piece, cache) for piece in window.split(length, dim=1)]
+    pieces = [forward(subject, piece, cache) for piece in window.split(length, dim=1)]
     logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    memory = cache.memory()
-    column.bytes_per_token = memory.compressed / memory.capacity + memory.uncompressed / memory.tokens
+    if isinstance(column.format, KVFormat):
+        memory = cache.memory()
+        column.bytes_per_token = memory.compressed / memory.capacity + memory.uncompressed / memory.tokens
+    else:
+        column.bytes_per_token = cache.bytes_per_token()
     return compare(base, logits[FIRST_POSITION:-1])
-
-
-def _forward(subject: Subject, ids: torch.Tensor, cache: Any) -> torch.Tensor:
-    """Logits ``[n, vocabulary]`` of the tokens ``[1, n]`` that follow those in the cache."""
-    known = inspect.signature(subject.model.forward).parameters  # transformers 5.24 renames the argument
-    name = "cache" if "cache" in known else "past_key_values"
-    logits: torch.Tensor = subject.model(ids, **{name: cache}, use_cache=True).logits[0]
-    return logits
 
 
 def _require_finite(values: Floats, name: str, window: int) -> None:
@@ -364,32 +353,6 @@ def _require_finite(values: Floats, name: str, window: int) -> None:
             f"{name}: window {window + 1} gave values that are not finite, as an overflow does: "
             "leave it out, or load the model in a wider dtype"
         )
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Told what begins: a bar on a terminal that has rich, a line of text elsewhere. To stderr."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        live = False
-    else:
-        live = sys.stderr.isatty()
-    if not live:
-        yield say
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task, begun = bar.add_task("", total=total), 0
-
-        def step(text: str) -> None:
-            nonlocal begun
-            bar.update(task, completed=begun, description=text)
-            begun += 1
-
-        yield step
-        bar.update(task, completed=begun)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -408,6 +371,7 @@ class Row:
         return {
             "kind": column.kind,
             "format": column.name if column.format is not None else ORDINARY,
+            "source": getattr(column.format, "source", None),
             "bits_per_element": column.bits,
             "bytes_per_token": column.bytes_per_token,
             "cache": column.cache,
@@ -435,9 +399,10 @@ class Result:
 
 
 def _settings(
-    args: argparse.Namespace, subject: Subject, formats: Sequence[KVFormat], path: Path, text: str, cut: Windows
+    args: argparse.Namespace, subject: Subject, formats: Sequence[KVFormat | Rival], path: Path, text: str, cut: Windows
 ) -> dict[str, object]:
-    from kvfold.eval.fidelity import CONFIDENCE, FIRST_POSITION, RESAMPLES, SEED
+    from kvfold.eval.bootstrap import CONFIDENCE, RESAMPLES, SEED
+    from kvfold.eval.fidelity import FIRST_POSITION
 
     return {
         "model": args.model,
@@ -462,21 +427,14 @@ def _settings(
     }
 
 
-def _environment(device: torch.device) -> dict[str, object]:
-    if device.type == "cpu":
-        return {"kvfold": __version__, **environment()}
-    from kvfold.commands.bench import environment_of_gpu
-
-    return environment_of_gpu(None)
-
-
 def _title(args: argparse.Namespace, path: Path, result: Result) -> str:
     windows = f"{result.windows} window{'s' if result.windows > 1 else ''}"
     return f"{args.model}: {windows} of {args.window_tokens:,} tokens of {path.name}"
 
 
 def _table(args: argparse.Namespace, path: Path, result: Result) -> str:
-    from kvfold.eval.fidelity import CONFIDENCE, FIRST_POSITION, METRICS
+    from kvfold.eval.bootstrap import CONFIDENCE
+    from kvfold.eval.fidelity import FIRST_POSITION, METRICS
 
     header = ["format", "bits", "bytes/token", "KL mean", "median", "99.9 %", "top-1", "perplexity", "change"]
     value, interval = _cells("perplexity", result.perplexity)
@@ -495,6 +453,11 @@ def _table(args: argparse.Namespace, path: Path, result: Result) -> str:
         f"{NOISE}: the uncompressed model against itself, each window twice in a batch. bits: the format's, all-in.",
         "bytes/token: of the live buffers over all layers, exact sinks and tail and uncompressed layers included.",
     ]
+    if any(row.column.kind == "rival" for row in result.rows):
+        notes.append(
+            "Other systems' formats are simulated, not packed: their bits and bytes follow from what they store, "
+            "with 16 bits in the layers that +skip leaves alone."
+        )
     if args.chunk == "exact":
         notes.append(f"chunk=exact: the queries of a chunk of {EXACT_CHUNK} tokens see its K and V uncompressed.")
     if result.windows < 5:
@@ -525,34 +488,49 @@ def _number(name: str, value: float) -> str:
 
 
 def _plot(result: Result, path: Path, title: str) -> None:
-    """Mean KL against bits, with intervals and the noise floor, and against the position in the window."""
+    """Mean KL against bits, with intervals and the noise floor, and against the position in the window.
+
+    With many rows colours repeat, with another line; then the names stand beside the points, the legend has a column of
+    its own, and intervals are left out against the position.
+    """
     from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    many = len(result.rows) > 11
+    figure = Figure(figsize=(18, 10) if many else (12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for place, row in enumerate(result.rows):
-        kl, color = row.figures["kl_mean"], "grey" if row.column.bits is None else f"C{place - 1}"
+    for place, row in enumerate(result.rows, start=-1):  # the noise floor comes first
+        name, kl = row.column.name, row.figures["kl_mean"]
+        color = "grey" if row.column.bits is None else f"C{place % 10}"
+        line, marker = LINES[max(place, 0) // 10 % len(LINES)], MARKERS[row.column.kind]
         low, high = kl.value if kl.low is None else kl.low, kl.value if kl.high is None else kl.high
         if row.column.bits is None:
             if kl.value == 0:  # which a logarithmic axis does not have
-                left.plot([], [], color=color, linestyle="--", label=f"{row.column.name}: 0")
+                (right if many else left).plot([], [], color=color, linestyle="--", label=f"{name}: 0")
                 continue
             left.axhspan(low, high, color=color, alpha=0.3)
-            left.axhline(kl.value, color=color, linestyle="--", label=row.column.name)
+            left.axhline(kl.value, color=color, linestyle="--", label=name)
         else:
             errors = [[max(0.0, kl.value - low)], [max(0.0, high - kl.value)]]
-            left.errorbar([row.column.bits], [kl.value], errors, fmt="o", capsize=4, color=color, label=row.column.name)
+            left.errorbar([row.column.bits], [kl.value], errors, fmt=marker, capsize=4, color=color, label=name)
+            if many:
+                at = (row.column.bits, kl.value)
+                left.annotate(name, at, (5, 3), textcoords="offset points", fontsize=7, color=color)
         middles = [(b.first + b.last) / 2 for b in row.positions]
-        right.plot(middles, [b.kl.value for b in row.positions], marker=".", color=color, label=row.column.name)
+        values = [b.kl.value for b in row.positions]
+        right.plot(middles, values, linestyle=line, marker=marker, markersize=4, color=color, label=name)
         lows = [b.kl.value if b.kl.low is None else b.kl.low for b in row.positions]
         highs = [b.kl.value if b.kl.high is None else b.kl.high for b in row.positions]
-        right.fill_between(middles, lows, highs, color=color, alpha=0.2, linewidth=0)
+        if not many:
+            right.fill_between(middles, lows, highs, color=color, alpha=0.2, linewidth=0)
     left.set_xlabel("bits per element, all-in")
     right.set_xlabel("position in the window")
     for axes in (left, right):
         axes.set_yscale("log")
         axes.set_ylabel("mean KL, nats per token")
         axes.grid(alpha=0.3)
-    left.legend(fontsize="small")
+    if many:
+        figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    else:
+        left.legend(fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100 if many else 150)

@@ -42,10 +42,11 @@ _USE = {
     "k3v3": "visible loss",
     "k3v2": "large loss: for experiments",
 }
+PAGE = 64
 _FOOTNOTE = """\
-bytes: of one token of one KV head. error: expected |x - x'|^2 / |x|^2 of a random vector with the stored scale, before
-the prescale search, which lowers it a little; 0 where a model of that dtype loses nothing. What it does to a model's
-output depends on the model."""
+bytes: of one token of one KV head, in full pages of 64. error: expected |x - x'|^2 / |x|^2 of a random vector with the
+stored scale, before the prescale search, which lowers it a little; 0 where a model of that dtype loses nothing. What it
+does to a model's output depends on the model."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class FormatRow:
     format: str
     aliases: list[str]
     bits_per_element: float
-    bytes_per_token: int
+    bytes_per_token: float
     ratio: float
     exact_bytes_per_sequence: int
     k_distortion: float
@@ -100,7 +101,8 @@ def describe(fmt: KVFormat, head_size: int, head_size_v: int) -> FormatRow:
         FormatError: The head is too small for the format.
     """
     check_heads(fmt, head_size, head_size_v)
-    size = fmt.bytes_per_token(head_size, head_size_v)
+    page = fmt.page_bytes(PAGE, head_size, head_size_v)
+    size = page / PAGE if page % PAGE else page // PAGE
     return FormatRow(
         format=str(fmt),
         aliases=[name for name, spec in ALIASES.items() if KVFormat.parse(spec) == fmt],
@@ -121,13 +123,14 @@ def expected_distortion(side: Side, head_size: int) -> float:
     that direction is D, and ``plain`` and ``mse`` store the scale for it; ``nc`` restores the norm, ``unbiased`` the
     inner product with the vector itself, which lengthens it by ``1 / (1 - D)``: at 1 bit that is .56 and not .36.
     """
-    from kvfold.codebooks import fp8_distortion, lloyd_max  # here, because they import numpy
+    from kvfold.codebooks import fp8_distortion, lloyd_max, trellis_levels  # here, because they import numpy
 
     if side.lossless:
         return 0.0
     if side.family in ("fp8", "fp8cast"):
         return fp8_distortion()
-    least = lloyd_max(int(side.bits), head_size).distortion
+    bits = int(side.bits)
+    least = trellis_levels(bits).distortion if side.family == "trellis" else lloyd_max(bits, head_size).distortion
     if side.scale == "unbiased":
         return least / (1 - least)
     return 2 - 2 * (1 - least) ** 0.5 if side.scale == "nc" else least

@@ -24,12 +24,17 @@ example: kvfold plan --model ./Qwen3-8B --memory 40GiB --context 32768 --format 
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model; :func:`read_shape` reads them."""
     parser.add_argument("--model", metavar="PATH", help="a config.json, or a directory with one")
     parser.add_argument("--layers", type=whole, metavar="N", help="layers, if there is no --model")
     parser.add_argument("--kv-heads", type=whole, metavar="N", help="KV heads of a layer")
     parser.add_argument("--head-size", type=head_size, metavar="D", help="coordinates of a key")
     parser.add_argument("--head-size-v", type=head_size, metavar="D", help="coordinates of a value, if they differ")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_shape_arguments(parser)
     parser.add_argument("--memory", type=memory, required=True, metavar="SIZE", help="80GB, 40GiB, 512MiB or bytes")
     parser.add_argument("--context", type=whole, default=32768, metavar="N", help="tokens of a request (%(default)s)")
     parser.add_argument("--format", nargs="+", action="extend", metavar="F", help="formats beside bf16 and fp8")
@@ -61,7 +66,7 @@ def memory(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    shape = _shape(args)
+    shape = read_shape(args)
     rows = plan(shape, args.memory, args.context, args.format, args.page_size)
     notes = list(shape.notes)
     if shape.max_positions is not None and args.context > shape.max_positions:
@@ -70,7 +75,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shape(args: argparse.Namespace) -> ModelShape:
+def read_shape(args: argparse.Namespace) -> ModelShape:
+    """The model that the options of :func:`add_shape_arguments` name.
+
+    Raises:
+        UsageError: No model, half a shape, or both.
+        PlanError, UnsupportedModelError, OSError: As :meth:`ModelShape.from_config`.
+    """
     by_hand = {"--layers": args.layers, "--kv-heads": args.kv_heads, "--head-size": args.head_size}
     given = [name for name, value in {**by_hand, "--head-size-v": args.head_size_v}.items() if value is not None]
     if args.model is not None:

@@ -10,27 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kvfold.errors import ShapeError
+from kvfold.eval.bootstrap import Floats, Interval, interval, of_mean
 
 FIRST_POSITION = 64
 """Positions before this one are not scored: with so little context a prefix has hardly been compressed, and what the
 model says is as good as random."""
-RESAMPLES = 1000
-CONFIDENCE = 0.95
-SEED = 0
 MAX_BINS = 16
 METRICS = ("kl_mean", "kl_median", "kl_p999", "top1", "perplexity", "perplexity_change")
 """What :func:`summarise` returns: KL in nats per token, top1 and the relative perplexity_change as fractions."""
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Logits of a block: on a CPU 1 MiB of float32, which stays in a core's cache; on a GPU 64 MiB, for few launches."""
-
-Floats = NDArray[np.float64]
 
 
 # --- one window -------------------------------------------------------------------------------------------------------
@@ -153,29 +149,12 @@ def _host(values: torch.Tensor) -> Floats:
 # --- all windows ------------------------------------------------------------------------------------------------------
 
 
-class Interval(NamedTuple):
-    """A figure with its bootstrap interval; ``low`` and ``high`` are None where one window tells nothing of spread."""
-
-    value: float
-    low: float | None
-    high: float | None
-
-
 class Bin(NamedTuple):
     """Mean KL of the positions ``first`` to ``last``, both included."""
 
     first: int
     last: int
     kl: Interval
-
-
-def draw_windows(windows: int, resamples: int = RESAMPLES, seed: int = SEED) -> NDArray[np.int64]:
-    """How often each window is drawn in each bootstrap resample: int64 ``[resamples, windows]``, rows sum to windows.
-
-    Every format is given the same draws, so that intervals of one run belong together.
-    """
-    drawn = np.random.default_rng(seed).integers(0, windows, size=(resamples, windows))
-    return np.stack([np.bincount(row, minlength=windows) for row in drawn])
 
 
 def summarise(
@@ -186,23 +165,23 @@ def summarise(
     Args:
         tokens: What :func:`compare` gave, a window each, all of equal length.
         reference_nll: The references' ``nll``, in the same order.
-        draws: From :func:`draw_windows`.
+        draws: From :func:`kvfold.eval.bootstrap.draw`.
     """
     kl = np.stack([window.kl for window in tokens])
     nll, nll_reference = _means([window.nll for window in tokens]), _means(reference_nll)
     return {
-        "kl_mean": _resampled(draws, kl.mean(axis=1)),
+        "kl_mean": of_mean(draws, kl.mean(axis=1)),
         "kl_median": _quantile(draws, kl, 0.5),
         "kl_p999": _quantile(draws, kl, 0.999),
-        "top1": _resampled(draws, _means([window.same_top for window in tokens])),
-        "perplexity": _resampled(draws, nll, np.exp),
-        "perplexity_change": _resampled(draws, nll - nll_reference, np.expm1),
+        "top1": of_mean(draws, _means([window.same_top for window in tokens])),
+        "perplexity": of_mean(draws, nll, np.exp),
+        "perplexity_change": of_mean(draws, nll - nll_reference, np.expm1),
     }
 
 
 def perplexity(nll: Sequence[Floats], draws: NDArray[np.int64]) -> Interval:
     """Perplexity over windows of equal length, from the nats ``[n]`` of each."""
-    return _resampled(draws, _means(nll), np.exp)
+    return of_mean(draws, _means(nll), np.exp)
 
 
 def by_position(tokens: Sequence[Tokens], draws: NDArray[np.int64], first: int = FIRST_POSITION) -> list[Bin]:
@@ -214,7 +193,7 @@ def by_position(tokens: Sequence[Tokens], draws: NDArray[np.int64], first: int =
         width *= 2
     edges = [first, *range((first // width + 1) * width, end, width), end]
     return [
-        Bin(low, high - 1, _resampled(draws, kl[:, low - first : high - first].mean(axis=1)))
+        Bin(low, high - 1, of_mean(draws, kl[:, low - first : high - first].mean(axis=1)))
         for low, high in pairwise(edges)
     ]
 
@@ -222,12 +201,6 @@ def by_position(tokens: Sequence[Tokens], draws: NDArray[np.int64], first: int =
 def _means(arrays: Sequence[Floats]) -> Floats:
     means: Floats = np.stack(arrays).mean(axis=1)
     return means
-
-
-def _resampled(draws: NDArray[np.int64], per_window: Floats, then: Any = lambda x: x) -> Interval:
-    """A function of the mean over windows."""
-    value = float(then(per_window.mean()))
-    return _interval(value, then(draws @ per_window / draws.shape[1]), draws.shape[1])
 
 
 def _quantile(draws: NDArray[np.int64], values: Floats, q: float) -> Interval:
@@ -242,11 +215,4 @@ def _quantile(draws: NDArray[np.int64], values: Floats, q: float) -> Interval:
         ends = np.cumsum(counts[window])
         low, high = ordered[np.searchsorted(ends, [below, min(below + 1, windows * n - 1)], side="right")]
         found[index] = low + share * (high - low)
-    return _interval(float(np.quantile(values, q)), found, windows)
-
-
-def _interval(value: float, resampled: Floats, windows: int) -> Interval:
-    if windows == 1:
-        return Interval(value, None, None)
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(value, float(low), float(high))
+    return interval(float(np.quantile(values, q)), found, windows)

@@ -115,8 +115,15 @@ def backend(name: str) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout, *,
+    previous: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Rotate, quantise and pack vectors, and write them into their slots of the pages, in place.
+
+    In a ``+mean`` format the first slot of a page opens it: the page's key reference is chosen then
+    (:mod:`kvfold.ops.references`). So the first slot is the first that is written, and a sequence's tokens are
+    consecutive here, in order.
 
     Args:
         k: ``[T, H, dk]``, any floating dtype and strides.
@@ -124,9 +131,11 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
         pages: uint8 ``[num_pages, H, page_bytes]``, contiguous.
         slots: int64 ``[T]``, all different; a negative slot's token is dropped.
         layout: The layout of the pages.
+        previous: int64 ``[T]``, of a ``+mean`` format only, which needs it: of tokens in the first slot of a page the
+            page before it in their sequence, or -1; of others anything.
 
     Raises:
-        ShapeError: A tensor has the wrong shape, dtype or device.
+        ShapeError: A tensor has the wrong shape, dtype or device, or ``previous`` is missing.
     """
     _check_pages(pages, layout)
     heads = pages.shape[1]
@@ -137,7 +146,16 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
         return
     if pages.device.type == "cpu" and int(slots.max()) >= len(pages) * layout.page_size:
         raise ShapeError(f"slot {int(slots.max())} lies beyond the {len(pages)} pages of {layout.page_size} tokens")
-    choose(pages.device, layout).store_kv(k, v, pages, slots, layout)
+    implementation = choose(pages.device, layout)
+    if not layout.format.mean:
+        implementation.store_kv(k, v, pages, slots, layout)
+        return
+    if previous is None:
+        raise ShapeError(f"{layout.format} has key references: store_kv needs previous, the page before each new page")
+    _check_integer("previous", previous, (k.shape[0],), pages.device, torch.int64)
+    if pages.device.type == "cpu" and bool((previous[slots % layout.page_size == 0] >= len(pages)).any()):
+        raise ShapeError(f"previous names pages beyond the {len(pages)} that there are")
+    implementation.store_kv(k, v, pages, slots, layout, previous)
 
 
 def load_kv(

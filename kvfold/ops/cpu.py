@@ -14,12 +14,13 @@ from functools import lru_cache
 
 import torch
 
+from kvfold.codecs import lloyd, trellis
 from kvfold.codecs.fp8 import decode as decode_fp8
-from kvfold.codecs.lloyd import prescale_candidates, tables
+from kvfold.codecs.scaling import prescale_candidates
 from kvfold.formats import TILE, Side
 from kvfold.layout import PageLayout
 from kvfold.ops import cpu_kernels as kernels
-from kvfold.ops import cpu_threads, reference
+from kvfold.ops import cpu_threads, reference, references
 from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate, unrotate
 
@@ -45,13 +46,19 @@ def _compiled(layout: PageLayout) -> bool:
     return not (layout.format.k.lossless or layout.format.v.lossless)
 
 
-def _side_tensors(layout: PageLayout, is_value: bool) -> list[int | torch.Tensor]:
-    """One side as the kernels take it; see kvfold.ops.cpu_kernels.Side."""
+def _side_tensors(layout: PageLayout, is_value: bool, stored: bool) -> list[int | torch.Tensor]:
+    """One side as the kernels take it, to store or to read it; see kvfold.ops.cpu_kernels.Side."""
     side, head_size, offsets, scales = (
         (layout.format.v, layout.head_size_v, layout.v_planes, layout.v_scales)
         if is_value
         else (layout.format.k, layout.head_size, layout.k_planes, layout.k_scales)
     )
+    widths, row_bytes, low, path = side.planes(), side.plane_bytes(head_size), 1 if side.bits > 4 else 4, -1
+    if side.family == "trellis" and not stored:
+        path, path_bytes = offsets[-1], row_bytes[-1]
+        spread = (layout.tile_bytes, layout.tile_bytes + TILE * path_bytes)
+        widths, offsets = (1, 1, *widths[:-1]), (*spread, *offsets[:-1])
+        row_bytes, low = (path_bytes, path_bytes, *row_bytes[:-1]), 3
     levels = _levels(side, head_size)
     pairs = torch.empty(0)
     if len(levels) <= 16:
@@ -59,31 +66,36 @@ def _side_tensors(layout: PageLayout, is_value: bool) -> list[int | torch.Tensor
         padded = levels.repeat(16)[:16]
         pairs = torch.stack([padded[codes & 15], padded[codes >> 4]], dim=1).view(torch.float64).flatten()
     return [
-        torch.tensor(side.planes()),
+        torch.tensor(widths),
         torch.tensor(offsets),
-        torch.tensor(side.plane_bytes(head_size)),
+        torch.tensor(row_bytes),
         scales if side.scaled else -1,
         int(is_value),
-        1 if side.bits > 4 else len(side.planes()),
+        min(low, len(widths)),
         levels,
         pairs,
+        path,
+        0 if path < 0 else row_bytes[0] // 4,
+        layout.tile_bytes // 4,
     ]
 
 
-@lru_cache(maxsize=256)
-def _kept_side(layout: PageLayout, is_value: bool) -> tuple[list[int], list[int | torch.Tensor]]:
+@lru_cache(maxsize=512)
+def _kept_side(layout: PageLayout, is_value: bool, stored: bool) -> tuple[list[int], list[int | torch.Tensor]]:
     """A side as integers, and the tensors whose addresses are among them, which must live as long."""
-    tensors = _side_tensors(layout, is_value)
+    tensors = _side_tensors(layout, is_value, stored)
     return cpu_threads.describe(tensors), tensors
 
 
-def _side(layout: PageLayout, is_value: bool) -> list[int]:
-    return _kept_side(layout, is_value)[0]
+def _side(layout: PageLayout, is_value: bool, stored: bool = False) -> list[int]:
+    return _kept_side(layout, is_value, stored)[0]
 
 
 def _levels(side: Side, head_size: int) -> torch.Tensor:
+    if side.family == "trellis":
+        return trellis.tables(int(side.bits), torch.device("cpu"))[0]
     if side.rotated:
-        return tables(int(side.bits), head_size, torch.device("cpu"))[0]
+        return lloyd.tables(int(side.bits), head_size, torch.device("cpu"))[0]
     return decode_fp8(torch.arange(256, dtype=torch.uint8), None, side)
 
 
@@ -92,19 +104,37 @@ def _prescales(count: int) -> torch.Tensor:
     return torch.tensor(prescale_candidates(count))
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
+@lru_cache(maxsize=64)
+def _trellis_order(head_size: int) -> torch.Tensor:
+    return torch.tensor(trellis.positions(head_size))
+
+
+_NO_ORDER = torch.empty(0, dtype=torch.int64)
+
+
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout,
+    previous: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """See :func:`kvfold.ops.store_kv`."""
     tokens, heads = k.shape[:2]
     if not (layout.format.k.rotated and layout.format.v.rotated):
-        return reference.store_kv(k, v, pages, slots, layout)
+        return reference.store_kv(k, v, pages, slots, layout, previous)
     slots = slots.contiguous()
+    if previous is not None:
+        references.open_pages(k, pages, slots, previous, layout)
     for x, side, is_value in ((k, layout.format.k, False), (v, layout.format.v, True)):
-        _, thresholds = tables(int(side.bits), x.shape[-1], x.device)
         rotated = rotate(x).contiguous()
+        if layout.format.mean and not is_value:
+            rotated -= references.of_slots(pages, slots, layout)
+        if side.family == "trellis":
+            thresholds, order = trellis.tables(int(side.bits), x.device)[1], _trellis_order(x.shape[-1])
+        else:
+            thresholds, order = lloyd.tables(int(side.bits), x.shape[-1], x.device)[1], _NO_ORDER
         arguments = [tokens, heads, x.shape[-1], layout.page_size, layout.tile_bytes, layout.page_bytes]
         arguments += [_RULES[side.scale], int(side.bits), 0]
-        arguments += cpu_threads.describe([rotated, pages, slots, thresholds, _prescales(side.prescales)])
-        cpu_threads.run(kernels.store_lloyd, arguments + _side(layout, is_value), tokens)
+        arguments += cpu_threads.describe([rotated, pages, slots, thresholds, _prescales(side.prescales), order])
+        cpu_threads.run(kernels.store_side, arguments + _side(layout, is_value, stored=True), tokens)
 
 
 def load_range(
@@ -124,6 +154,10 @@ def load_range(
         arguments += [*cpu_threads.describe([row]), 0, 0, 0, 0, *_side(layout, is_value)]
         cpu_threads.run(kernels.load_tiles, arguments, heads * tiles)
         loaded.append(x[:, lo - first_tile * TILE : hi - first_tile * TILE])
+    if layout.format.mean:
+        first, last = lo // layout.page_size, -(-hi // layout.page_size)
+        of_tokens = references.of_tokens(pages, block_table_row[first:last], layout)
+        loaded[0] += of_tokens[:, lo - first * layout.page_size : hi - first * layout.page_size]
     return loaded[0], loaded[1]
 
 
@@ -171,7 +205,8 @@ def decode_attention(
     arguments += cpu_threads.describe(
         [table, starts, lengths, positions, visible, part_out, parts[0], parts[1], out, lse]
     )
-    arguments += [*cpu_threads.describe([finished]), *_side(layout, False), *_side(layout, True)]
+    arguments += [*cpu_threads.describe([finished]), layout.reference // 4 if layout.format.mean else -1]
+    arguments += [*_side(layout, False), *_side(layout, True)]
     cpu_threads.run(kernels.decode_splits, arguments, batch * heads * splits)
     result = out.permute(0, 2, 1, 3, 4).flatten(2, 3)
     result = unrotate(result) if layout.format.v.rotated else result

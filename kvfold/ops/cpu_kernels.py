@@ -26,15 +26,23 @@ SPLIT_TOKENS = 512
 # nobody catches it and the rest of the tasks is lost.
 _OPTIONS: dict[str, Any] = {"fastmath": {"contract", "reassoc", "nsz"}, "error_model": "numpy"}
 
-Side = namedtuple("Side", "widths offsets row_bytes scale_offset interleaved low_planes levels pair_levels")
+Side = namedtuple(
+    "Side", "widths offsets row_bytes scale_offset interleaved low_planes levels pair_levels path path_words tile_words"
+)
 """What a kernel needs to know of one side.
 
 widths, offsets, row_bytes  [planes] bits, place in the tile, bytes of a token's row
 scale_offset                in the tile; -1 if the side stores none
 interleaved                 whether rows are interleaved by four tokens
 low_planes                  planes that share the low nibble of a code; the others make the high one
-levels                      [2^bits] float32, by code
+levels                      float32, by code
 pair_levels                 [256] two float32 levels in a float64, by two codes in a byte; empty above 4 bits
+path                        of a trellis: place of the path bits' plane; -1 for others
+path_words                  words of a token's row there
+tile_words                  words of a tile
+
+To read a trellis, the two bits that choose a level's subset are made of the path bits and put, as two planes of one
+bit, behind a copy of the tile; the planes are these two and the refine bits' then, and levels are looked up as ever.
 """
 
 
@@ -79,6 +87,9 @@ def _side(arguments, at):  # type: ignore[no-untyped-def]
         arguments[at + 8],
         _array(arguments, at + 9, np.float32),
         _array(arguments, at + 11, np.float64),
+        arguments[at + 13],
+        arguments[at + 14],
+        arguments[at + 15],
     )
 
 
@@ -121,48 +132,118 @@ def _byte_address(plane, row_bytes, token, byte, interleaved):  # type: ignore[n
 
 
 @njit(**_OPTIONS)
-def _quantise(x, codes, trial, unit, levels, thresholds, prescales, rule, bits):  # type: ignore[no-untyped-def]
-    """Fill ``codes``; return the bits of the scale to store. Follows kvfold/codecs/lloyd.py step by step."""
+def _nearest(z, codes, chosen, levels, thresholds, bits):  # type: ignore[no-untyped-def]
+    """The nearest levels of z, as kvfold/codecs/lloyd.py takes them."""
+    sign = np.uint8(1 << (bits - 1))
+    d = z.shape[0]
+    for i in range(d):
+        codes[i] = 0
+    for t in range(thresholds.shape[0]):
+        limit = thresholds[t]
+        for i in range(d):
+            codes[i] += np.uint8(abs(z[i]) > limit)
+    for i in range(d):
+        level = levels[codes[i]]
+        if z[i] < 0:
+            codes[i] |= sign
+            level = -level
+        chosen[i] = level
+
+
+@njit(**_OPTIONS)
+def _best_path(z, codes, chosen, levels, thresholds, bits, order, steps):  # type: ignore[no-untyped-def]
+    """The path of least squared error, as kvfold/codecs/trellis.py finds it. ``steps`` is scratch ``[len(order)]``."""
+    d = z.shape[0]
+    between = thresholds.shape[0] // 4  # thresholds of a subset
+    refine = np.zeros((4, d), dtype=np.uint8)
+    error = np.empty((4, d), dtype=np.float32)
+    for s in range(4):
+        for t in range(between):
+            limit = thresholds[s * between + t]
+            for i in range(d):
+                refine[s, i] += np.uint8(z[i] > limit)
+        for i in range(d):
+            e = z[i] - levels[4 * refine[s, i] + s]
+            error[s, i] = e * e
+    far = np.float32(1e30)
+    c00, c01, c10, c11 = np.float32(0), far, far, far  # of states (u_{t-1}, u_{t-2})
+    for t in range(order.shape[0]):
+        i = order[t]
+        if i < 0:
+            b0, b1 = c01 < c00, c11 < c10
+            c00, c01, c10, c11 = min(c00, c01), min(c10, c11), far, far
+            steps[t] = np.uint8(b0) | np.uint8(b1) << 1
+            continue
+        e0, e1, e2, e3 = error[0, i], error[1, i], error[2, i], error[3, i]
+        p00, q00 = c00 + e0, c01 + e2  # to (0, 0): from (0, 0) by subset 0, from (0, 1) by 2
+        p01, q01 = c10 + e1, c11 + e3
+        p10, q10 = c00 + e2, c01 + e0
+        p11, q11 = c10 + e3, c11 + e1
+        steps[t] = np.uint8(q00 < p00) | np.uint8(q01 < p01) << 1 | np.uint8(q10 < p10) << 2 | np.uint8(q11 < p11) << 3
+        c00, c01, c10, c11 = min(p00, q00), min(p01, q01), min(p10, q10), min(p11, q11)
+    state, least = 0, c00
+    if c01 < least:
+        state, least = 1, c01
+    if c10 < least:
+        state, least = 2, c10
+    if c11 < least:
+        state = 3
+    for t in range(order.shape[0] - 1, -1, -1):
+        path, before = state >> 1, state & 1
+        two_before = (steps[t] >> state) & 1
+        i = order[t]
+        if i >= 0:
+            subset = 2 * (path ^ two_before) + before
+            r = refine[subset, i]
+            codes[i] = r | path << (bits - 1)
+            chosen[i] = levels[4 * r + subset]
+        state = 2 * before + two_before
+
+
+@njit(**_OPTIONS)
+def _quantise(  # type: ignore[no-untyped-def]
+    x, codes, trial, chosen, unit, z, steps, order, levels, thresholds, prescales, rule, bits
+):
+    """Fill ``codes``; return the bits of the scale to store. Follows kvfold/codecs/scaling.py step by step."""
     d = x.shape[0]
     largest = np.float32(0)
     for i in range(d):
         if (_bits_of_float(x[i]) & np.uint32(0x7F800000)) == np.uint32(0x7F800000):  # infinite or NaN
-            for j in range(d):
-                codes[j] = 0
-            return np.uint32(0x7FC0)
-        largest = max(largest, abs(x[i]))
-    if largest == 0:
-        for j in range(d):
-            codes[j] = 0
-        return np.uint32(0)
+            largest = np.float32(np.inf)
+        else:
+            largest = max(largest, abs(x[i]))
+    if largest == np.inf or largest == 0:
+        # the codes of a vector of zeros
+        for i in range(d):
+            z[i] = 0
+        if order.shape[0]:
+            _best_path(z, codes, chosen, levels, thresholds, bits, order, steps)
+        else:
+            _nearest(z, codes, chosen, levels, thresholds, bits)
+        return np.uint32(0x7FC0) if largest == np.inf else np.uint32(0)
     squares = np.float32(0)
     for i in range(d):
         unit[i] = x[i] / largest
         squares += unit[i] * unit[i]
     rms = np.sqrt(squares) / np.float32(np.sqrt(d))
-    sign = np.uint8(1 << (bits - 1))
     best = np.float32(np.inf)
     stored = np.uint32(0)
     for candidate in range(prescales.shape[0]):
         scale = _from_bf16(_to_bf16(rms * prescales[candidate] * largest))
         inverse = largest / scale if scale > 0 else np.float32(0)
         for i in range(d):
-            trial[i] = 0
-        for t in range(thresholds.shape[0]):
-            limit = thresholds[t]
-            for i in range(d):
-                trial[i] += np.uint8(abs(unit[i] * inverse) > limit)
+            z[i] = unit[i] * inverse
+        if order.shape[0]:
+            _best_path(z, trial, chosen, levels, thresholds, bits, order, steps)
+        else:
+            _nearest(z, trial, chosen, levels, thresholds, bits)
         zz = np.float32(0)
         ze = np.float32(0)
         ee = np.float32(0)
         for i in range(d):
-            z = unit[i] * inverse
-            z0 = levels[trial[i]]
-            if z < 0:
-                trial[i] |= sign
-            e = abs(z) - z0
-            zz += z * z
-            ze += abs(z) * e
+            e = z[i] - chosen[i]
+            zz += z[i] * z[i]
+            ze += z[i] * e
             ee += e * e
         zz0 = zz - ze
         z0z0 = zz - np.float32(2) * ze + ee
@@ -239,21 +320,57 @@ def _read_nibbles(tile, first, last, side, nibbles):  # type: ignore[no-untyped-
 
 
 @njit(**_OPTIONS)
-def _scratch(d, interleaved):  # type: ignore[no-untyped-def]
-    """Buffers of :func:`_read_tile`: sixteen vectors padded to eight elements, and two of nibbles."""
+def _spread_paths(tile, side, spread):  # type: ignore[no-untyped-def]
+    """Copy a tile and put the planes of u_{t-1} and of u_t xor u_{t-2} behind it, for the path bits u of all tokens."""
+    words = side.path_words
+    for x in range(side.tile_words):
+        spread[x] = tile[x]
+    path, one, two = side.path // 4, side.tile_words, side.tile_words + TILE * words
+    if not side.interleaved:
+        for t in range(TILE):
+            before = np.uint32(0)
+            for c in range(words):
+                u = tile[path + t * words + c]
+                spread[one + t * words + c] = u << np.uint32(1) | before >> np.uint32(31)
+                spread[two + t * words + c] = u ^ (u << np.uint32(2) | before >> np.uint32(30))
+                before = u
+        return
+    # a word holds a byte each of four tokens: the carry of a byte comes from the word of the byte before
+    for four in range(4):
+        before = np.uint32(0)
+        for c in range(words):
+            for byte in range(4):
+                at = c * TILE + four * 4 + byte
+                u = tile[path + at]
+                spread[one + at] = (u << np.uint32(1)) & np.uint32(0xFEFEFEFE) | (before >> np.uint32(7)) & np.uint32(
+                    0x01010101
+                )
+                moved = (u << np.uint32(2)) & np.uint32(0xFCFCFCFC) | (before >> np.uint32(6)) & np.uint32(0x03030303)
+                spread[two + at] = u ^ moved
+                before = u
+
+
+@njit(**_OPTIONS)
+def _scratch(d, side):  # type: ignore[no-untyped-def]
+    """Buffers of :func:`_read_tile`: sixteen vectors padded to eight elements, two of nibbles, and a tile."""
     rows = (d + 7) // 8
-    shape = (rows, TILE) if interleaved else (TILE, rows)
+    shape = (rows, TILE) if side.interleaved else (TILE, rows)
     return (
         np.empty((TILE, rows * 8), dtype=np.float32),
         np.zeros(shape, dtype=np.uint32),
         np.zeros(shape, dtype=np.uint32),
+        np.empty(side.tile_words + 2 * TILE * side.path_words, dtype=np.uint32),
     )
 
 
 @njit(**_OPTIONS)
-def _read_tile(tile, side, scratch):  # type: ignore[no-untyped-def]
+def _read_tile(stored, side, scratch):  # type: ignore[no-untyped-def]
     """De-quantise the sixteen vectors of a tile (uint32 words) into ``scratch[0]``, without their scales."""
-    values, low, high = scratch
+    values, low, high, spread = scratch
+    tile = stored
+    if side.path >= 0:
+        _spread_paths(stored, side, spread)
+        tile = spread
     if side.widths[0] == 8:
         codes = tile.view(np.uint8)
         for t in range(TILE):
@@ -316,9 +433,24 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 
 @njit(**_OPTIONS)
+def _score_reference(q, words, scores):  # type: ignore[no-untyped-def]
+    """The products of q ``[rows, d]`` with the key reference (uint32 words) of a page; see kvfold/layout.py."""
+    rows, d = q.shape
+    codes = words.view(np.int8)
+    last = (d + 2 + 15) // 16 * 4 - 1
+    scale = _from_bf16(words[last] >> np.uint32(16))
+    for r in range(rows):
+        dot = np.float32(0)
+        for i in range(d):
+            dot += q[r, i] * np.float32(codes[i])
+        scores[r] = dot * scale
+
+
+@njit(**_OPTIONS)
 def _split(  # type: ignore[no-untyped-def]
     q, group, pages, page_stride, block_table, begin, end, position, lag, window, softcap, mask, mask_tokens,
-    tiles_per_page, tile_words, k_side, v_side, k_scratch, v_scratch, scores, out, top, total,
+    tiles_per_page, tile_words, reference_at, k_side, v_side, k_scratch, v_scratch, scores, from_reference, out, top,
+    total,
 ):  # fmt: skip
     """One split of one KV head: scores of all its tokens, their softmax, then the values."""
     rows, dk = q.shape
@@ -339,6 +471,8 @@ def _split(  # type: ignore[no-untyped-def]
         page = np.int64(block_table[index // tiles_per_page])
         tile = pages[page * page_stride + index % tiles_per_page * tile_words :]
         _read_tile(tile, k_side, k_scratch)
+        if reference_at >= 0 and (index == first_tile or index % tiles_per_page == 0):
+            _score_reference(q, pages[page * page_stride + reference_at :], from_reference)
         for t in range(TILE):
             token = index * TILE + t
             scale = _scale_of(tile, k_side, t)
@@ -354,7 +488,7 @@ def _split(  # type: ignore[no-untyped-def]
                     dot = np.float32(0)
                     for i in range(dk):
                         dot += q[r, i] * values[t, i]
-                    score = dot * scale
+                    score = dot * scale + from_reference[r]
                     if softcap > 0:
                         score = softcap * np.float32(np.tanh(score / softcap))
                     if not score <= top[r]:  # not max(): a NaN must win
@@ -415,7 +549,7 @@ def _merge(part_out, part_top, part_sum, splits, rows, dv, out, lse):  # type: i
 
 
 @cfunc(types.void(types.voidptr), cache=True, error_model="numpy")
-def store_lloyd(pointer):  # type: ignore[no-untyped-def]
+def store_side(pointer):  # type: ignore[no-untyped-def]
     """Quantise rotated vectors y ``[T, H, d]`` and write one side of their records into the pages."""
     arguments = carray(pointer, (64,), np.int64)
     tasks, heads, d, page_size, tile_bytes, page_bytes, rule, bits = arguments[1:9]
@@ -424,11 +558,15 @@ def store_lloyd(pointer):  # type: ignore[no-untyped-def]
     slots = _array(arguments, 14, np.int64)
     thresholds = _array(arguments, 16, np.float32)
     prescales = _array(arguments, 18, np.float32)
-    side = _side(arguments, 20)
+    order = _array(arguments, 20, np.int64)
+    side = _side(arguments, 22)
     padded = (d + 31) // 32 * 32
     codes = np.zeros(padded, dtype=np.uint8)
-    trial = np.zeros(padded, dtype=np.uint8)
-    unit = np.zeros(padded, dtype=np.float32)
+    trial = np.zeros(d, dtype=np.uint8)
+    steps = np.zeros(padded, dtype=np.uint8)
+    chosen = np.empty(d, dtype=np.float32)
+    unit = np.empty(d, dtype=np.float32)
+    z = np.empty(d, dtype=np.float32)
     while True:
         token = _take(arguments[0])
         if token >= tasks:
@@ -439,7 +577,9 @@ def store_lloyd(pointer):  # type: ignore[no-untyped-def]
         row = slot % TILE
         for head in range(heads):
             x = y[(token * heads + head) * d : (token * heads + head + 1) * d]
-            stored = _quantise(x, codes, trial, unit, side.levels, thresholds, prescales, rule, bits)
+            stored = _quantise(
+                x, codes[:d], trial, chosen, unit, z, steps, order, side.levels, thresholds, prescales, rule, bits
+            )
             tile = pages[(slot // page_size * heads + head) * page_bytes + slot % page_size // TILE * tile_bytes :]
             _write_planes(codes, tile, row, side)
             scale_at = side.scale_offset + 2 * row
@@ -458,7 +598,7 @@ def load_tiles(pointer):  # type: ignore[no-untyped-def]
     side = _side(arguments, 20)
     tiles = tasks // heads
     per_page = page_size // TILE
-    scratch = _scratch(d, side.interleaved)
+    scratch = _scratch(d, side)
     while True:
         task = _take(arguments[0])
         if task >= tasks:
@@ -500,9 +640,11 @@ def decode_splits(pointer):  # type: ignore[no-untyped-def]
     out = _array(arguments, 38, np.float32)
     lse = _array(arguments, 40, np.float32)
     finished = arguments[42]
-    k_side, v_side = _side(arguments, 44), _side(arguments, 57)
-    k_scratch, v_scratch = _scratch(dk, False), _scratch(dv, True)
+    reference_at = arguments[44]
+    k_side, v_side = _side(arguments, 45), _side(arguments, 61)
+    k_scratch, v_scratch = _scratch(dk, k_side), _scratch(dv, v_side)
     scores = np.empty((rows, SPLIT_TOKENS), dtype=np.float32)
+    from_reference = np.zeros(rows, dtype=np.float32)
     queries = rows // group
     while True:
         task = _take(arguments[0])
@@ -515,8 +657,8 @@ def decode_splits(pointer):  # type: ignore[no-untyped-def]
             _matrix(q, query_head * rows * dk, rows, dk), group, pages[head * page_words :],
             heads * page_words, block_table[b * pages_per_row :], max(first[b], split * SPLIT_TOKENS),
             min(lengths[b], (split + 1) * SPLIT_TOKENS), positions[b], lag, window, np.float32(softcap), visible,
-            mask_tokens, page_size // TILE, tile_words, k_side, v_side, k_scratch, v_scratch, scores,
-            _matrix(part_out, task * rows * dv, rows, dv), part_top[task * rows : (task + 1) * rows],
+            mask_tokens, page_size // TILE, tile_words, reference_at, k_side, v_side, k_scratch, v_scratch, scores,
+            from_reference, _matrix(part_out, task * rows * dv, rows, dv), part_top[task * rows : (task + 1) * rows],
             part_sum[task * rows : (task + 1) * rows],
         )  # fmt: skip
         if _take(finished + 8 * query_head) == splits - 1:

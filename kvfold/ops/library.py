@@ -17,13 +17,15 @@ from kvfold.ops.options import AttentionOptions
 
 @torch.library.custom_op("kvfold::store_kv", mutates_args=("pages",))
 def _store_kv(
-    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, format: str, page_size: int
-) -> None:
-    ops.store_kv(k, v, pages, slots, PageLayout.of(format, k.shape[-1], v.shape[-1], page_size))
+    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, previous: torch.Tensor | None,
+    format: str, page_size: int,
+) -> None:  # fmt: skip
+    layout = PageLayout.of(format, k.shape[-1], v.shape[-1], page_size)
+    ops.store_kv(k, v, pages, slots, layout, previous=previous)
 
 
 @_store_kv.register_fake
-def _(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, format: str, page_size: int) -> None:
+def _(k, v, pages, slots, previous, format, page_size):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -128,12 +130,15 @@ class LayoutName(NamedTuple):
         return PageLayout.of(*self)
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, name: LayoutName) -> None:
-    """:func:`kvfold.ops.store_kv`, traceable."""
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, previous: torch.Tensor | None,
+    name: LayoutName,
+) -> None:  # fmt: skip
+    """:func:`kvfold.ops.store_kv`, traceable; formats without a key reference take no ``previous``."""
     if torch.compiler.is_compiling():
-        torch.ops.kvfold.store_kv(k, v, pages, slots, name.format, name.page_size)
+        torch.ops.kvfold.store_kv(k, v, pages, slots, previous, name.format, name.page_size)
     else:
-        ops.store_kv(k, v, pages, slots, name.layout())
+        ops.store_kv(k, v, pages, slots, name.layout(), previous=previous)
 
 
 def load_kv(

@@ -14,6 +14,7 @@ import torch
 
 from kvfold.formats import TILE
 from kvfold.layout import PageLayout
+from kvfold.ops import references
 from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate, unrotate
 
@@ -43,12 +44,18 @@ def _record_addresses(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayo
     return tile[..., None] + layout.addresses(pages.device)[offset % TILE][:, None, :]
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout,
+    previous: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """See :func:`kvfold.ops.store_kv`."""
+    if layout.format.mean and previous is not None:
+        references.open_pages(k, pages, slots, previous, layout)
     kept = slots >= 0
     if not kept.all():
         k, v, slots = k[kept], v[kept], slots[kept]
-    pages.view(-1)[_record_addresses(pages, slots, layout)] = layout.encode(k, v)
+    subtracted = references.of_slots(pages, slots, layout) if layout.format.mean else None
+    pages.view(-1)[_record_addresses(pages, slots, layout)] = layout.encode(k, v, subtracted)
 
 
 def load_range(
@@ -56,12 +63,12 @@ def load_range(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens lo to hi of one sequence: K ``[H, hi - lo, dk]`` and V, float32, in the stored basis."""
     first, last = lo // layout.page_size, -(-hi // layout.page_size)
-    tiles = pages[block_table_row[first:last].long()].unflatten(2, (-1, layout.tile_bytes))  # [pages, H, tiles, bytes]
+    held = block_table_row[first:last].long()
+    tiles = pages[held][..., : layout.reference].unflatten(2, (-1, layout.tile_bytes))  # [pages, H, tiles, bytes]
     records = tiles[..., layout.addresses(pages.device).flatten()].unflatten(3, (TILE, layout.token_bytes))
-    records = records.permute(1, 0, 2, 3, 4).flatten(1, 3)[
-        :, lo - first * layout.page_size : hi - first * layout.page_size
-    ]
-    return layout.decode(records)
+    wanted = slice(lo - first * layout.page_size, hi - first * layout.page_size)
+    k, v = layout.decode(records.permute(1, 0, 2, 3, 4).flatten(1, 3)[:, wanted])
+    return (k + references.of_tokens(pages, held, layout)[:, wanted] if layout.format.mean else k), v
 
 
 def load_kv(

@@ -210,12 +210,13 @@ class PackedLayer(CacheLayerMixin):
         position = torch.arange(n, device=self.device) + self.length
         row = torch.arange(self.batch_size, device=self.device)[:, None] * self.capacity
         k_tokens, v_tokens = k.transpose(1, 2), v.transpose(1, 2)  # [B, n, H, d]
+        slots = (row + position).flatten()
+        previous = None
+        if self.format.mean:  # a row's pages follow each other
+            first = (position < self.page_size).expand(self.batch_size, n).flatten()
+            previous = torch.where(first, -1, slots // self.page_size - 1)
         library.store_kv(
-            k_tokens.flatten(0, 1),
-            v_tokens.flatten(0, 1),
-            self.pages.flatten(0, 1),
-            (row + position).flatten(),
-            self.name,
+            k_tokens.flatten(0, 1), v_tokens.flatten(0, 1), self.pages.flatten(0, 1), slots, previous, self.name
         )
         if self.sinks is not None:
             source = torch.arange(self.format.sinks, device=self.device) - self.length

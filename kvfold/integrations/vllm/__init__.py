@@ -30,6 +30,7 @@ def register() -> None:
         from vllm.config.cache import get_kv_cache_dtype_handler, register_kv_cache_dtype
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
         from vllm.v1.kv_cache_interface import KVQuantMode
+
         slot = AttentionBackendEnum.TURBOQUANT
     except (ImportError, AttributeError) as error:
         # an exception here would keep vLLM from starting for somebody who has no use for kvfold in it

@@ -138,6 +138,8 @@ def _servable(fmt: KVFormat) -> KVFormat:
         raise NotBuiltError(f'{error}. In vLLM write "k_quant" and "v_quant" as numbers of bits, 4 and 3') from None
     if fmt.sinks or fmt.tail:
         raise NotBuiltError(f"format {str(fmt)!r}: exact sinks and tail are not built for vLLM; leave them out")
+    if fmt.mean:
+        raise NotBuiltError(f"format {str(fmt)!r}: key references are not built for vLLM; leave +mean out")
     for name, side in (("K", fmt.k), ("V", fmt.v)):
         if side.family != "lloyd":
             raise FormatError(

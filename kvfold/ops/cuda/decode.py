@@ -41,6 +41,8 @@ _MAX_COUNTERS = 16384
 
 def supports(layout: PageLayout) -> str | None:
     """Why these pages cannot be attended to by the CUDA kernel, or None if they can."""
+    if layout.format.mean:
+        return "the CUDA kernels have no key references (+mean)"
     for name, side, size in (("K", layout.format.k, layout.head_size), ("V", layout.format.v, layout.head_size_v)):
         if size != HEAD_SIZE:
             return f"the CUDA kernels are built for head size {HEAD_SIZE}, and {name} has {size}"

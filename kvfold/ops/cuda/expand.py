@@ -30,6 +30,8 @@ SMALLEST_PEAK = 2.0**-100
 
 def supports(layout: PageLayout) -> str | None:
     """Why the kernel cannot read these pages, or None if it can."""
+    if layout.format.mean:
+        return "the CUDA expand kernel has no key references (+mean)"
     for name, side, size in (("K", layout.format.k, layout.head_size), ("V", layout.format.v, layout.head_size_v)):
         if size != HEAD_SIZE:
             return f"the CUDA expand kernel is built for head size {HEAD_SIZE}, and {name} has {size}"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from kvfold.codebooks import lloyd_max
-from kvfold.codecs.lloyd import prescale_candidates
+from kvfold.codecs.scaling import prescale_candidates
 from kvfold.errors import FormatError, ShapeError
 from kvfold.formats import MAX_PRESCALES, TILE, Side
 from kvfold.layout import PageLayout
@@ -34,6 +34,8 @@ _ALIGN_FROM = 64  # tokens from which on tiles follow the slots: for fewer, wait
 
 def supports(layout: PageLayout) -> str | None:
     """Why the kernel cannot store into these pages, or None if it can."""
+    if layout.format.mean:
+        return "the CUDA store kernel has no key references (+mean)"
     for name, side, size in (("K", layout.format.k, layout.head_size), ("V", layout.format.v, layout.head_size_v)):
         if size != HEAD_SIZE:
             return f"the CUDA store kernel is built for head size {HEAD_SIZE}, and {name} has {size}"

@@ -3,7 +3,7 @@
 They serve NVIDIA chips from sm_80 on, and whatever else Triton compiles for; with ``TRITON_INTERPRET=1`` in the
 environment when this module is imported they run on the CPU, slowly, which is how they are tested without a GPU.
 
-Sides are Lloyd–Max codes of 1 to 8 bits. Nothing here reads a tensor's values on the host, and grids depend on shapes
+Sides are Lloyd–Max codes of 1 to 8 bits and trellises, with key references or without. Nothing here reads a tensor's values on the host, and grids depend on shapes
 alone, so that all but :func:`load_kv` can be captured into CUDA graphs (after one call outside, which compiles and
 makes the tables).
 """
@@ -39,8 +39,8 @@ def available(device: torch.device) -> str | None:
 def supports(layout: PageLayout) -> str | None:
     """Why these kernels do not serve a layout, or None if they do."""
     for name, side, head_size in (("K", layout.format.k, layout.head_size), ("V", layout.format.v, layout.head_size_v)):
-        if side.family != "lloyd":
-            return f"the Triton kernels serve Lloyd–Max sides of 1 to 8 bits, and {name} is {side.name}"
+        if side.family not in ("lloyd", "trellis"):
+            return f"the Triton kernels serve Lloyd–Max and trellis sides, and {name} is {side.name}"
         if head_size > MAX_HEAD_SIZE:
             return f"the Triton kernels serve heads of up to {MAX_HEAD_SIZE} coordinates, and {name} has {head_size}"
     return None

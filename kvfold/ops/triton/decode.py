@@ -24,13 +24,13 @@ from kvfold.ops.triton import sides
 from kvfold.ops.triton.queries import Order, rotate_queries_to_half
 from kvfold.ops.triton.unpack import (
     convert,
-    k_words,
     level_unit,
     levels_of_two_bytes,
     multiply,
     two_halves,
-    v_words,
     wide_code,
+    words_of_k,
+    words_of_v,
 )
 
 STEP = 64
@@ -77,7 +77,7 @@ def decode_attention(
     k, v = sides.packed(layout, False), sides.packed(layout, True)
     softcap = options.softcap or 0.0
 
-    factor = options.scale * sides.unit_level(k.bits, k.head_size)
+    factor = options.scale * sides.unit_level(k)
     if not softcap:
         factor *= LOG2_E
     queries, units = rotate_queries_to_half(q, factor, Order(k.fields, k.units))
@@ -106,7 +106,8 @@ def decode_attention(
     mask = options.mask
     _attend[(batch * heads * row_blocks, splits)](
         queries, units, pages.view(_UNIT_DTYPES[k.unit_bytes]), pages.view(torch.int32), pages.view(torch.int64),
-        _table(k, q.device), _table(v, q.device),
+        _table(k, q.device), _table(v, q.device), pages.view(torch.int8), pages.view(torch.bfloat16),
+        1.0 / sides.unit_level(k),
         block_table, *block_table.stride(),
         seq_lens, seq_lens.stride(0),
         *_optional(options.first), *_optional(options.query_start),
@@ -114,7 +115,7 @@ def decode_attention(
         partial, state, heads, group, num_queries, row_blocks, splits, least, most,
         min(options.lag, FAR), FAR if options.window is None else min(options.window, FAR), softcap,
         K=k, V=v, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes, TILE_BYTES=layout.tile_bytes, TILE=TILE,
-        ROWS=row_tile, GROUPS=STEP // 4, STACKED=rows <= 4,
+        REFERENCE=layout.reference if layout.format.mean else -1, ROWS=row_tile, GROUPS=STEP // 4, STACKED=rows <= 4,
         HAS_BEGIN=options.window is not None or options.first is not None, HAS_FIRST=options.first is not None,
         HAS_START=options.query_start is not None, HAS_MASK=mask is not None, SOFTCAP=bool(softcap),
         num_warps=warps, num_stages=1 if warps > max(1, row_tile // 16) and max(k.bits, v.bits) > 4 else STAGES,
@@ -123,7 +124,7 @@ def decode_attention(
     out = torch.empty(batch, num_queries, num_heads, v.head_size, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device)
     _combine[(total,)](
-        partial, state, sides.inverse_matrix(v.head_size, q.device), sides.unit_level(v.bits, v.head_size),
+        partial, state, sides.inverse_matrix(v.head_size, q.device), sides.unit_level(v),
         out, lse, num_heads, num_queries, splits,
         HEAD_SIZE=v.head_size, PADDED=v.padded, COLUMNS=columns,
         SPLITS=INVARIANT_SPLITS if batch_invariant else min(32, sides.power_of_two(splits)),
@@ -149,7 +150,7 @@ def _warps(device: torch.device) -> int:
 def _table(side: sides.Packed, device: torch.device) -> torch.Tensor:
     if side.bits <= 4:
         return sides.look_up(side, device)
-    return sides.split_levels(side.bits, side.head_size, device, torch.float16)
+    return sides.split_levels(side, device, torch.float16)
 
 
 def _optional(positions: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
@@ -164,13 +165,14 @@ def _optional(positions: torch.Tensor | None) -> tuple[torch.Tensor | None, int]
 )  # fmt: skip
 def _attend(
     queries, units, k_pages, v_pages, scale_pages, k_levels, v_levels,
+    reference_pages, reference_scales, reference_unit,
     table, table_row, table_page,
     lengths, length_stride, first, first_stride, query_start, query_start_stride,
     mask, mask_row, mask_query, mask_token,
     partial, state, heads, group, num_queries, row_blocks, splits, least, most,
     lag, window, softcap,
     K: tl.constexpr, V: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr,
-    TILE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, STACKED: tl.constexpr,
+    TILE: tl.constexpr, REFERENCE: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, STACKED: tl.constexpr,
     HAS_BEGIN: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_START: tl.constexpr, HAS_MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):  # fmt: skip
@@ -251,11 +253,21 @@ def _attend(
         v_here = v_pages + begin_byte // 4
         scales_here = scale_pages + begin_byte // 8
 
+        if REFERENCE >= 0:
+            page_byte = begin_byte + 0 * tile
+            if PAGE_SIZE % step != 0:
+                page_byte = (page.to(tl.int64) * heads + head) * PAGE_BYTES
+            from_reference = _reference_scores(
+                q_main, q_rest, reference_pages, reference_scales, page_byte, K, PAGE_BYTES, REFERENCE, ROWS, GROUPS,
+                STACKED,
+            ) * (q_unit * (level_unit(K) * reference_unit))[None, :]  # fmt: skip
         k_scales = tl.load(scales_here + (tile // 8 + (K.scales // 8 + place_in_tile)))
         scores = ()
         for t in tl.static_range(4):
             s = _scores(q_main, q_rest, k_here, tile, 4 * place_in_tile + t, k_levels, K, ROWS, GROUPS, STACKED)
             s = s * (_scale(k_scales, t)[:, None] * q_unit[None, :])
+            if REFERENCE >= 0:
+                s += from_reference
             if SOFTCAP:
                 s = capped(s, softcap)
             visible = token[:, None] + t < end[None, :]
@@ -293,14 +305,7 @@ def _attend(
         odd = odd * shrink[None, :]
         to_half = LARGEST / limit
 
-        w0 = v_words(v_here, tile, place_in_tile, v_levels, V, 0)
-        w1, w2 = w0, w0
-        if len(V.widths) > 1:
-            w1 = v_words(v_here, tile, place_in_tile, v_levels, V, 1)
-        if len(V.widths) > 2:
-            w2 = v_words(v_here, tile, place_in_tile, v_levels, V, 2)
-        if V.bits == 3:
-            w0 = w0 | w1 << 2
+        w0, w1, w2 = words_of_v(v_here, tile, place_in_tile, v_levels, V)
         for two in tl.static_range(0, 4, 2):
             p0 = _doubled((weights[two] * to_half[None, :]).to(tl.float16), STACKED)
             p1 = _doubled((weights[two + 1] * to_half[None, :]).to(tl.float16), STACKED)
@@ -342,14 +347,7 @@ def _scores(
     STACKED: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[TOKENS, ROWS]`` of the queries with the unscaled keys."""
-    w0 = k_words(pages, tile, token, levels, K, 0)
-    w1, w2 = w0, w0
-    if len(K.widths) > 1:
-        w1 = k_words(pages, tile, token, levels, K, 1)
-    if len(K.widths) > 2:
-        w2 = k_words(pages, tile, token, levels, K, 2)
-    if K.bits == 3:
-        w0 = w0 | w1 << 2
+    w0, w1, w2 = words_of_k(pages, tile, token, levels, K)
     s = tl.zeros((TOKENS, ROWS * (2 if STACKED else 1)), tl.float32)
     per_byte: tl.constexpr = 1 if K.bits == 8 else 2
     unit_bytes: tl.constexpr = K.unit_bytes
@@ -374,6 +372,26 @@ def _scores(
     if STACKED:  # the second column is what the rounding of the first one's query lacks
         s = tl.sum(tl.reshape(s, (TOKENS, ROWS, 2)), axis=2)
     return s
+
+
+@triton.jit
+def _reference_scores(
+    q_main, q_rest, pages, scales, page_byte, K: tl.constexpr, PAGE_BYTES: tl.constexpr, REFERENCE: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, STACKED: tl.constexpr,
+):  # fmt: skip
+    """Scores ``[TOKENS, ROWS]`` of the queries with the key references of the pages that begin at ``page_byte``."""
+    unit = tl.arange(0, K.units)
+    s = tl.zeros((TOKENS, ROWS * (2 if STACKED else 1)), tl.float32)
+    for field in tl.static_range(K.fields):
+        coordinate = unit * K.fields + field
+        address = pages + (page_byte[:, None] + (REFERENCE + coordinate)[None, :])
+        code = tl.load(address, mask=(coordinate < K.head_size)[None, :], other=0).to(tl.float16)
+        if not STACKED:
+            s = multiply(code, q_rest[field], s)
+        s = multiply(code, q_main[field], s)
+    if STACKED:
+        s = tl.sum(tl.reshape(s, (TOKENS, ROWS, 2)), axis=2)
+    return s * tl.load(scales + (page_byte + (PAGE_BYTES - 2)) // 2).to(tl.float32)[:, None]
 
 
 @triton.jit

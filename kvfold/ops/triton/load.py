@@ -11,7 +11,7 @@ from kvfold.formats import TILE
 from kvfold.layout import PageLayout
 from kvfold.ops.triton import sides
 from kvfold.ops.triton.rotate import rotate_more
-from kvfold.ops.triton.unpack import codes_of
+from kvfold.ops.triton.unpack import codes_of, reference_of
 
 
 def load_kv(
@@ -26,11 +26,13 @@ def load_kv(
         terms, factor = sides.rotation_terms(side.head_size, pages.device, inverse=True)
         if out.numel():
             _load[(triton.cdiv(tokens, TILE), batch * heads)](
-                pages, pages.view(torch.int16), sides.full_levels(side.bits, side.head_size, pages.device),
+                pages, pages.view(torch.int16), pages.view(torch.int8), pages.view(torch.bfloat16),
+                sides.full_levels(side, pages.device),
                 terms, factor,
                 block_table, *block_table.stride(), out, heads, tokens,
                 S=side, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes, TILE_BYTES=layout.tile_bytes,
-                TILE=TILE, TERMS=terms.shape[0], num_warps=4,
+                TILE=TILE, REFERENCE=layout.reference if layout.format.mean and not is_value else -1,
+                TERMS=terms.shape[0], num_warps=4,
             )  # fmt: skip
         loaded.append(out)
     return loaded[0], loaded[1]
@@ -38,24 +40,41 @@ def load_kv(
 
 @triton.jit(do_not_specialize=["table_row", "heads", "tokens"])
 def _load(
-    pages, scale_pages, levels, terms, factor, table, table_row, table_page, out, heads, tokens,
+    pages, scale_pages, reference_pages, reference_scales, levels, terms, factor,
+    table, table_row, table_page, out, heads, tokens,
     S: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr,
-    TERMS: tl.constexpr,
+    REFERENCE: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """One tile of one KV head."""
     first = tl.program_id(0) * TILE
     head = tl.program_id(1) % heads
     batch = (tl.program_id(1) // heads).to(tl.int64)
     page = tl.load(table + batch * table_row + first // PAGE_SIZE * table_page).to(tl.int64)
-    tile = (page * heads + head) * PAGE_BYTES + first % PAGE_SIZE // TILE * TILE_BYTES
+    page_byte = (page * heads + head) * PAGE_BYTES
+    tile = page_byte + first % PAGE_SIZE // TILE * TILE_BYTES
     token, column = tl.arange(0, TILE), tl.arange(0, S.padded)
     scale = tl.load(scale_pages + tile // 2 + (S.scales // 2 + token)).to(tl.bfloat16, bitcast=True).to(tl.float32)
     padded: tl.constexpr = S.padded
     x = tl.zeros((TILE, padded), tl.float32)
     for begin in tl.range(0, S.padded, 32):
-        code = codes_of(pages, tile, token[:, None], begin + tl.arange(0, 32)[None, :], S)
-        x = rotate_more(tl.load(levels + code), terms, begin, x, TERMS, S.padded, S.padded)
-    x = x * (scale * factor)[:, None]
+        coordinate = begin + tl.arange(0, 32)
+        code = codes_of(pages, tile, token[:, None], coordinate[None, :], S)
+        values = tl.load(levels + code)
+        if REFERENCE >= 0:
+            reference = reference_of(
+                reference_pages,
+                reference_scales,
+                page_byte,
+                coordinate,
+                coordinate < S.head_size,
+                PAGE_BYTES,
+                REFERENCE,
+            )
+            values = values * scale[:, None] + reference[None, :]
+        x = rotate_more(values, terms, begin, x, TERMS, S.padded, S.padded)
+    if REFERENCE < 0:
+        x = x * scale[:, None]
+    x = x * factor
     place = (batch * tokens + first + token) * heads + head
     inside = (first + token < tokens)[:, None] & (column < S.head_size)[None, :]
     tl.store(out + place[:, None] * S.head_size + column[None, :], x, mask=inside)

@@ -49,7 +49,7 @@ def prefill_attention(
         return mixed.to(q.dtype), lse
 
     softcap, mask = options.softcap or 0.0, options.mask
-    factor = options.scale * sides.unit_level(k_side.bits, k_side.head_size) * (1.0 if softcap else LOG2_E)
+    factor = options.scale * sides.unit_level(k_side) * (1.0 if softcap else LOG2_E)
 
     def grid(rows: int) -> tuple[int, int]:
         # a chunk ends in the middle of a block, so that each sequence may add one
@@ -63,12 +63,13 @@ def prefill_attention(
     )  # fmt: skip
     flags = {"HAS_WINDOW": options.window is not None, "HAS_MASK": mask is not None, "SOFTCAP": bool(softcap)}
     _prefix[grid(ROWS)](
-        rotate_queries(q[None], factor, Order(1, k_side.padded)), pages, pages.view(torch.int16),
-        _table(k_side, q.device), _table(v_side, q.device), sides.unit_level(v_side.bits, v_side.head_size),
+        rotate_queries(q[None], factor, Order(1, k_side.padded)),
+        pages, pages.view(torch.int16), pages.view(torch.int8), 1.0 / sides.unit_level(k_side),
+        _table(k_side, q.device), _table(v_side, q.device), sides.unit_level(v_side),
         block_table, *block_table.stride(), mixed, lse, *shared,
         K=k_side, V=v_side, PACKED=k is None, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes,
-        TILE_BYTES=layout.tile_bytes, TILE=TILE, ROWS=ROWS, TOKENS=TOKENS // 2 if large else TOKENS,
-        num_warps=8, num_stages=1, **flags,
+        TILE_BYTES=layout.tile_bytes, TILE=TILE, REFERENCE=layout.reference if layout.format.mean else -1,
+        ROWS=ROWS, TOKENS=TOKENS // 2 if large else TOKENS, num_warps=8, num_stages=1, **flags,
     )  # fmt: skip
     mixed = unrotate(mixed)
     if k is None or v is None:
@@ -93,7 +94,7 @@ def prefill_attention(
 
 
 def _table(side: sides.Packed, device: torch.device) -> torch.Tensor:
-    return sides.split_levels(side.bits, side.head_size, device)
+    return sides.split_levels(side, device)
 
 
 @triton.jit
@@ -123,12 +124,13 @@ _VARYING = ["batch", "mask_row", "mask_query", "heads", "group", "total", "windo
 
 @triton.jit(do_not_specialize=[*_VARYING, "table_row"])
 def _prefix(
-    queries, pages, scale_pages, k_levels, v_levels, unit, table, table_row, table_page, mixed, lse,
+    queries, pages, scale_pages, reference_pages, reference_unit, k_levels, v_levels, unit,
+    table, table_row, table_page, mixed, lse,
     context_lens, context_stride, bounds, bound_stride, batch, mask, mask_row, mask_query, mask_token,
     heads, group, total, window, softcap,
     K: tl.constexpr, V: tl.constexpr, PACKED: tl.constexpr,
     PAGE_SIZE: tl.constexpr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    REFERENCE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """A block of rows of one KV head against its sequence's packed tokens: normalised, in V's rotated basis."""
@@ -159,7 +161,8 @@ def _prefix(
             token = left + tl.arange(0, TOKENS)
             entry = table + b.to(tl.int64) * table_row + token // PAGE_SIZE * table_page
             page = tl.load(entry, mask=token < context, other=0).to(tl.int64)
-            tile = (page * heads + head) * PAGE_BYTES + token % PAGE_SIZE // TILE * TILE_BYTES
+            page_byte = (page * heads + head) * PAGE_BYTES
+            tile = page_byte + token % PAGE_SIZE // TILE * TILE_BYTES
             code = codes_of(pages, tile[None, :], (token % TILE)[None, :], k_coordinate[:, None], K)
             if K.bits <= 4:
                 level = table_level(code, K)
@@ -170,6 +173,13 @@ def _prefix(
                 s = multiply(q_main, level, multiply(q_main, rest, s))
             scale = _scale(scale_pages, tile, token % TILE, K, token < context)
             s = s * scale[None, :]
+            if REFERENCE >= 0:
+                code_at = reference_pages + (page_byte[None, :] + (REFERENCE + k_coordinate)[:, None])
+                held = (k_coordinate < K.head_size)[:, None] & (token < context)[None, :]
+                reference = to_bfloat16(tl.load(code_at, mask=held, other=0).to(tl.float32))
+                more = multiply(q_main, reference, multiply(q_rest, reference, tl.zeros((ROWS, TOKENS), tl.float32)))
+                bits = tl.load(scale_pages + (page_byte + (PAGE_BYTES - 2)) // 2, mask=token < context, other=0)
+                s += more * (bits.to(tl.bfloat16, bitcast=True).to(tl.float32) * reference_unit)[None, :]
             if SOFTCAP:
                 s = capped(s, softcap)
             visible = (token[None, :] <= position[:, None]) & (token < context)[None, :] & valid[:, None]

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from kvfold.codebooks import INT8_BITS, lloyd_max
-from kvfold.codecs.lloyd import prescale_candidates, tables
+from kvfold.codebooks import INT8_BITS, lloyd_max, trellis_levels
+from kvfold.codecs import lloyd, trellis
+from kvfold.codecs.scaling import prescale_candidates
 from kvfold.layout import PageLayout
 from kvfold.ops.triton.unpack import INTERPRETED
 from kvfold.rotation import rotation_matrix
@@ -28,8 +29,11 @@ class Packed(NamedTuple):
     ``fields * u + f`` is field f of unit u. Field by field, units are columns of a matrix product. A head is cut into
     at least 16 of them, the smallest contraction of a tensor core. (V is loaded by four tokens: ``pairs`` bytes wide.)
 
+    A trellis is read as Lloyd–Max codes of one bit more (``unpack.words_of_k``): its path bits choose among twice as
+    many levels.
+
     Attributes:
-        bits: Width of a code.
+        bits: Width of a code as it is looked up.
         head_size: Coordinates of a vector.
         padded: The power of two that head_size is padded to in tiles.
         is_value: Whether the planes are interleaved by four tokens (V) or token-major (K).
@@ -43,6 +47,7 @@ class Packed(NamedTuple):
         pairs: Bytes of a vector of V in a plane of 4 or 8 bits, padded to a power of two.
         table: Up to 4 bits: the odd integers ``2 m + 1`` of the magnitudes, eight bytes as two int32.
         unpack: Up to 4 bits on NVIDIA: for either half of a word, the instructions that look up its four codes.
+        trellis: Whether the last plane has a trellis' path bits.
     """
 
     bits: int
@@ -59,6 +64,7 @@ class Packed(NamedTuple):
     pairs: int
     table: tuple[int, ...]
     unpack: tuple[str, ...]
+    trellis: bool
 
 
 def power_of_two(number: int) -> int:
@@ -74,7 +80,8 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
         if is_value
         else (layout.format.k, layout.head_size, layout.k_planes, layout.k_scales)
     )
-    bits = int(side.bits)
+    coded = side.family == "trellis"
+    bits = int(side.bits) + coded
     per_byte = 1 if bits == 8 else 2
     unit_bytes = 4 // per_byte * per_byte
     while unit_bytes > 1 and power_of_two(-(-head_size // (unit_bytes * per_byte))) < 16:
@@ -83,7 +90,7 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
     table: tuple[int, ...] = ()
     unpack: tuple[str, ...] = ()
     if bits <= INT8_BITS:
-        integers = lloyd_max(bits, head_size).integers
+        integers = trellis_levels(bits - 1).integers if coded else lloyd_max(bits, head_size).integers
         assert integers is not None
         magnitudes = [int(m) for m in integers] * (8 // len(integers))
         table = struct.unpack("<2i", bytes(2 * m + 1 for m in magnitudes))
@@ -104,6 +111,7 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
         pairs=max(16, power_of_two(-(-head_size // (4 * per_byte)) * 4)),
         table=table,
         unpack=unpack,
+        trellis=coded,
     )
 
 
@@ -134,9 +142,11 @@ def _look_up(bits: int, byte: int) -> str:
     }}"""
 
 
-def unit_level(bits: int, head_size: int) -> float:
+def unit_level(side: Packed) -> float:
     """What the kernels' levels are to be multiplied by: half the codebook's step, or 1 above 4 bits."""
-    return lloyd_max(bits, head_size).step / 2 if bits <= INT8_BITS else 1.0
+    if side.bits > INT8_BITS:
+        return 1.0
+    return (trellis_levels(side.bits - 1) if side.trellis else lloyd_max(side.bits, side.head_size)).step / 2
 
 
 @lru_cache(maxsize=256)
@@ -147,24 +157,40 @@ def look_up(side: Packed, device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=256)
-def split_levels(bits: int, head_size: int, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+def split_levels(side: Packed, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     """int32 ``[2^bits]``: each level as two 16-bit numbers, its rounding in the upper half, what that lacks below."""
-    levels = tables(bits, head_size, device)[0]
+    levels = full_levels(side, device)
     main = levels.to(dtype)
     rest = (levels - main.float()).to(dtype)
     return main.view(torch.int16).int() << 16 | (rest.view(torch.int16).int() & 0xFFFF)
 
 
 @lru_cache(maxsize=256)
-def full_levels(bits: int, head_size: int, device: torch.device) -> torch.Tensor:
-    """float32 ``[2^bits]``: the level of every code."""
-    return tables(bits, head_size, device)[0]
+def full_levels(side: Packed, device: torch.device) -> torch.Tensor:
+    """float32 ``[2^bits]``: the level of every code, as ``unpack.codes_of`` gives it."""
+    if not side.trellis:
+        return lloyd.tables(side.bits, side.head_size, device)[0]
+    ascending = trellis.tables(side.bits - 1, device)[0]
+    if side.bits > INT8_BITS:
+        return ascending
+    positive = ascending[len(ascending) // 2 :]
+    return torch.cat([positive, -positive])
 
 
 @lru_cache(maxsize=256)
-def thresholds(bits: int, head_size: int, device: torch.device) -> torch.Tensor:
-    """float32 ``[max(1, 2^(bits-1) - 1)]``: where the index of the magnitude rises."""
-    found = tables(bits, head_size, device)[1]
+def ascending_levels(side: Packed, device: torch.device) -> torch.Tensor:
+    """Of a trellis: float32 ``[2^bits]``, by the index ``4 r + subset``."""
+    return trellis.tables(side.bits - 1, device)[0]
+
+
+@lru_cache(maxsize=256)
+def thresholds(side: Packed, device: torch.device) -> torch.Tensor:
+    """Float32: ``[max(1, 2^(bits-1) - 1)]``, where the index of the magnitude rises; of a trellis ``[4, 2^k']``, where
+    the refine bits of each subset rise, then infinity."""
+    if side.trellis:
+        found = trellis.tables(side.bits - 1, device)[1]
+        return torch.nn.functional.pad(found, (0, 1), value=torch.inf).contiguous()
+    found = lloyd.tables(side.bits, side.head_size, device)[1]
     return found if len(found) else found.new_full((1,), torch.inf)
 
 

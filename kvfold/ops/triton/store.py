@@ -10,49 +10,61 @@ import triton.language as tl
 from kvfold.formats import TILE, Side
 from kvfold.layout import PageLayout
 from kvfold.ops.triton import sides
+from kvfold.ops.triton.references import open_pages
 from kvfold.ops.triton.rotate import rotate_more
-from kvfold.ops.triton.unpack import bits_before, to_bfloat16
+from kvfold.ops.triton.trellis import encode
+from kvfold.ops.triton.unpack import bits_before, reference_of, to_bfloat16
 
 _FEW = 1024
 """Up to so many vectors the blocks are small, so that all SMs have some."""
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout,
+    previous: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """See :func:`kvfold.ops.store_kv`."""
     tokens, heads = k.shape[:2]
     if not tokens * heads:
         return
-    k_arguments, k_terms = _side_arguments(k, layout.format.k)
-    v_arguments, v_terms = _side_arguments(v, layout.format.v)
+    if previous is not None:
+        open_pages(k, pages, slots, previous, layout)
     k_side, v_side = sides.packed(layout, False), sides.packed(layout, True)
+    k_arguments, k_terms = _side_arguments(k, layout.format.k, k_side)
+    v_arguments, v_terms = _side_arguments(v, layout.format.v, v_side)
+    k_encoded = encode(k, layout, False, pages, slots) if k_side.trellis else (pages, pages)
+    v_encoded = encode(v, layout, True, pages, slots) if v_side.trellis else (pages, pages)
     # a block's vectors lie in the registers of its warps
     rows = 32 if tokens * heads > _FEW and max(layout.head_size, layout.head_size_v) <= 128 else 16
     _store[(triton.cdiv(tokens * heads, rows), 2)](
-        *k_arguments, *v_arguments, pages, slots, slots.stride(0), tokens * heads, heads,
+        *k_arguments, *k_encoded, *v_arguments, *v_encoded,
+        pages, pages.view(torch.int8), pages.view(torch.bfloat16), slots, slots.stride(0), tokens * heads, heads,
         K=k_side, V=v_side, K_RULE=sides.RULES[layout.format.k.scale], V_RULE=sides.RULES[layout.format.v.scale],
         K_PRESCALES=layout.format.k.prescales, V_PRESCALES=layout.format.v.prescales,
         PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes, TILE_BYTES=layout.tile_bytes, TILE=TILE, ROWS=rows,
+        REFERENCE=layout.reference if layout.format.mean else -1,
         K_TERMS=k_terms.shape[0], V_TERMS=v_terms.shape[0],
         num_warps=8 if rows == 32 or max(k_side.padded, v_side.padded) > 128 else 4,
     )  # fmt: skip
 
 
-def _side_arguments(x: torch.Tensor, side: Side) -> tuple[list[object], torch.Tensor]:
+def _side_arguments(x: torch.Tensor, side: Side, packed: sides.Packed) -> tuple[list[object], torch.Tensor]:
     """The kernel's arguments of one side, and among them the terms of the rotation."""
-    bits, head_size, device = int(side.bits), x.shape[-1], x.device
+    head_size, device = x.shape[-1], x.device
     terms, factor = sides.rotation_terms(head_size, device)
-    tables = (sides.thresholds(bits, head_size, device), sides.full_levels(bits, head_size, device))
+    tables = (sides.thresholds(packed, device), sides.full_levels(packed, device))
     return [x, *x.stride(), terms, factor, *tables, sides.prescales(side.prescales, device)], terms
 
 
 @triton.jit(do_not_specialize=["rows", "heads"])
 def _store(
-    k, k_token, k_head, k_coordinate, k_terms, k_factor, k_thresholds, k_levels, k_prescales,
-    v, v_token, v_head, v_coordinate, v_terms, v_factor, v_thresholds, v_levels, v_prescales,
-    pages, slots, slot_stride, rows, heads,
+    k, k_token, k_head, k_coordinate, k_terms, k_factor, k_thresholds, k_levels, k_prescales, k_codes, k_scales,
+    v, v_token, v_head, v_coordinate, v_terms, v_factor, v_thresholds, v_levels, v_prescales, v_codes, v_scales,
+    pages, reference_pages, reference_scales, slots, slot_stride, rows, heads,
     K: tl.constexpr, V: tl.constexpr, K_RULE: tl.constexpr, V_RULE: tl.constexpr,
     K_PRESCALES: tl.constexpr, V_PRESCALES: tl.constexpr, K_TERMS: tl.constexpr, V_TERMS: tl.constexpr,
     PAGE_SIZE: tl.constexpr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    REFERENCE: tl.constexpr,
 ):  # fmt: skip
     """A block of vectors of one side. A row is a vector: token times heads plus head."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -63,25 +75,35 @@ def _store(
     offset = (slot % PAGE_SIZE).to(tl.int32)
     tile = (slot // PAGE_SIZE * heads + head) * PAGE_BYTES + offset // TILE * TILE_BYTES
     if tl.program_id(1) == 0:
-        _store_side(
-            k + token * k_token + head * k_head, k_coordinate, k_terms, k_factor, k_thresholds, k_levels, k_prescales,
-            pages, tile, offset % TILE, kept, K_RULE, K_PRESCALES, K_TERMS, K,
-        )  # fmt: skip
+        if K.trellis:
+            _store_encoded(k_codes, k_scales, row, rows, pages, tile, offset % TILE, kept, K)
+        else:
+            y = _rotated(k + token * k_token + head * k_head, k_coordinate, k_terms, k_factor, kept, K_TERMS, K)
+            if REFERENCE >= 0:
+                page_byte = (slot // PAGE_SIZE * heads + head) * PAGE_BYTES
+                coordinate = tl.arange(0, K.padded)[None, :]
+                inside = kept[:, None] & (coordinate < K.head_size)
+                y -= reference_of(
+                    reference_pages, reference_scales, page_byte[:, None], coordinate, inside, PAGE_BYTES, REFERENCE
+                )
+            code, scale = _quantise(y, k_thresholds, k_levels, k_prescales, K_RULE, K_PRESCALES, K)
+            _write(pages, tile, offset % TILE, kept, code, scale, K)
     else:
-        _store_side(
-            v + token * v_token + head * v_head, v_coordinate, v_terms, v_factor, v_thresholds, v_levels, v_prescales,
-            pages, tile, offset % TILE, kept, V_RULE, V_PRESCALES, V_TERMS, V,
-        )  # fmt: skip
+        if V.trellis:
+            _store_encoded(v_codes, v_scales, row, rows, pages, tile, offset % TILE, kept, V)
+        else:
+            y = _rotated(v + token * v_token + head * v_head, v_coordinate, v_terms, v_factor, kept, V_TERMS, V)
+            code, scale = _quantise(y, v_thresholds, v_levels, v_prescales, V_RULE, V_PRESCALES, V)
+            _write(pages, tile, offset % TILE, kept, code, scale, V)
 
 
 @triton.jit
-def _store_side(
-    x, stride, terms, factor, thresholds, levels, prescales, pages, tile, token, kept,
-    RULE: tl.constexpr, PRESCALES: tl.constexpr, TERMS: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
-    y = _rotated(x, stride, terms, factor, kept, TERMS, S)
-    code, scale = _quantise(y, thresholds, levels, prescales, RULE, PRESCALES, S)
-    _write(pages, tile, token, kept, code, scale, S)
+def _store_encoded(codes, scales, row, rows, pages, tile, token, kept, S: tl.constexpr):
+    """Write vectors that a search has encoded: codes ``[d, rows]``."""
+    coordinate = tl.arange(0, S.padded)[None, :]
+    address = codes + coordinate.to(tl.int64) * rows + row[:, None]
+    code = tl.load(address, mask=kept[:, None] & (coordinate < S.head_size), other=0).to(tl.int32)
+    _write(pages, tile, token, kept, code, tl.load(scales + row, mask=kept, other=0.0), S)
 
 
 @triton.jit

@@ -122,6 +122,104 @@ def v_words(pages, tile, four, look_up, S: tl.constexpr, plane: tl.constexpr):
 
 
 @triton.jit
+def words_of_k(pages, tile, token, look_up, S: tl.constexpr):
+    """The codes of K ``[tokens, units]`` in the nibbles of up to three words: the first has 4 bits or fewer."""
+    w0 = k_words(pages, tile, token, look_up, S, 0)
+    w1, w2 = w0, w0
+    if S.trellis:
+        one, two = _k_path(pages, tile, token, look_up, S)
+        if len(S.widths) > 2:
+            w1 = k_words(pages, tile, token, look_up, S, 1)
+        w0 = _of_trellis(one, two, w0, S)
+    else:
+        if len(S.widths) > 1:
+            w1 = k_words(pages, tile, token, look_up, S, 1)
+        if len(S.widths) > 2:
+            w2 = k_words(pages, tile, token, look_up, S, 2)
+        if S.bits == 3:
+            w0 = w0 | w1 << 2
+    return w0, w1, w2
+
+
+@triton.jit
+def words_of_v(pages, tile, four, look_up, S: tl.constexpr):
+    """The codes of V ``[pairs, groups of four tokens]`` in the bytes of up to three words, likewise."""
+    w0 = v_words(pages, tile, four, look_up, S, 0)
+    w1, w2 = w0, w0
+    if S.trellis:
+        one, two = _v_path(pages, tile, four, look_up, S)
+        if len(S.widths) > 2:
+            w1 = v_words(pages, tile, four, look_up, S, 1)
+        w0 = _of_trellis(one, two, w0, S)
+    else:
+        if len(S.widths) > 1:
+            w1 = v_words(pages, tile, four, look_up, S, 1)
+        if len(S.widths) > 2:
+            w2 = v_words(pages, tile, four, look_up, S, 2)
+        if S.bits == 3:
+            w0 = w0 | w1 << 2
+    return w0, w1, w2
+
+
+# A trellis (kvfold/codecs/trellis.py): the path bits u of neighbours choose the subset, 2 (u_t xor u_{t-2}) + u_{t-1}.
+# The order t is that of the bits in memory, so all of a word's neighbours are the word shifted, with bits of the one
+# before it.
+
+
+@triton.jit
+def _k_path(pages, tile, token, look_up, S: tl.constexpr):
+    """u_{t-1} and u_t xor u_{t-2} of K ``[tokens, units]``, each nibble one coordinate's."""
+    plane: tl.constexpr = len(S.widths) - 1
+    size: tl.constexpr = 8 * S.unit_bytes
+    unit = tl.arange(0, S.units)
+    octet = unit // (4 // S.unit_bytes)
+    column = octet // 4 * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
+    row = tile // S.unit_bytes + (S.planes[plane] + token * S.row_bytes[plane]) // S.unit_bytes
+    address = pages + (row[:, None] + column[None, :])
+    inside = (unit * S.fields < S.head_size)[None, :]
+    here = tl.load(address, mask=inside, other=0).to(tl.int32)
+    before = tl.load(address - 1, mask=inside & (column > 0)[None, :], other=0).to(tl.int32)
+    one = here << 1 | ((before >> (size - 1)) & 1)
+    two = here ^ (here << 2 | ((before >> (size - 2)) & 3))
+    shift = row_shift(look_up, octet, S, plane)[None, :]
+    return (one >> shift) & 0x11111111, (two >> shift) & 0x11111111
+
+
+@triton.jit
+def _v_path(pages, tile, four, look_up, S: tl.constexpr):
+    """The same of V ``[pairs, groups of four tokens]``: bytes are four tokens'."""
+    plane: tl.constexpr = len(S.widths) - 1
+    pair = tl.arange(0, S.pairs)
+    octet = pair // 4
+    byte = octet // 4 * 4 + pair % 4
+    row = tile // 4 + (S.planes[plane] // 4 + four * 4)
+    inside = (pair * 2 < S.head_size)[:, None]
+    here = tl.load(pages + (row[None, :] + (byte // 4 * 16 + byte % 4)[:, None]), mask=inside, other=0)
+    last = tl.maximum(byte - 1, 0)
+    before = tl.load(
+        pages + (row[None, :] + (last // 4 * 16 + last % 4)[:, None]), mask=inside & (byte > 0)[:, None], other=0
+    )
+    one = ((here << 1) & -0x01010102) | ((before >> 7) & 0x01010101)
+    two = here ^ (((here << 2) & -0x03030304) | ((before >> 6) & 0x03030303))
+    shift = row_shift(look_up, octet, S, plane)[:, None]
+    return (one >> shift) & 0x11111111, (two >> shift) & 0x11111111
+
+
+@triton.jit
+def _of_trellis(one, two, refine, S: tl.constexpr):
+    """Nibbles with the index of a level, 4 r + 2 two + one, as far as 4 bits go; up to there as sign and magnitude."""
+    index = one | two << 1 | refine << 2
+    if S.bits == 4:
+        negative = ((index >> 3) & 0x11111111) ^ 0x11111111
+        return negative << 3 | ((index & 0x77777777) ^ negative * 7)
+    elif S.bits == 3:
+        negative = ((index >> 2) & 0x11111111) ^ 0x11111111
+        return negative << 2 | ((index & 0x33333333) ^ negative * 3)
+    else:
+        return index
+
+
+@triton.jit
 def table_level(code, S: tl.constexpr, dtype: tl.constexpr = tl.bfloat16):
     """Codes of up to 4 bits to levels, without instructions of any vendor's own."""
     index = code & ((1 << (S.bits - 1)) - 1)
@@ -162,7 +260,7 @@ def wide_code(w0, w1, w2, S: tl.constexpr, byte: tl.constexpr, half: tl.constexp
     else:
         code = (w0 >> (8 * byte + 4 * half)) & 15
         code |= ((w1 >> (8 * byte + 4 * half)) & 15) << 4
-        if len(S.widths) > 2:
+        if len(S.widths) > 2 and not S.trellis:
             code |= ((w2 >> (8 * byte + 4 * half)) & 15) << 6
         return code
 
@@ -190,9 +288,41 @@ def two_halves(levels, code):
 def codes_of(pages, tile, token, coordinate, S: tl.constexpr):
     """Codes by coordinate: ``tile`` (in bytes), ``token`` and ``coordinate`` broadcast to the shape of the result."""
     code = _plane_codes(pages, tile, token, coordinate, S, 0)
-    for plane in tl.static_range(1, len(S.widths)):
+    last: tl.constexpr = len(S.widths) - S.trellis
+    for plane in tl.static_range(1, last):
         code = code | _plane_codes(pages, tile, token, coordinate, S, plane)
+    if S.trellis:
+        t = coordinate // 32 * 32 + coordinate % 8 * 4 + coordinate // 8 % 4
+        path = _path_bit(pages, tile, token, coordinate, t, S) ^ _path_bit(pages, tile, token, coordinate, t - 2, S)
+        code = code << 2 | path << 1 | _path_bit(pages, tile, token, coordinate, t - 1, S)
+        if S.bits <= 4:
+            half: tl.constexpr = 1 << (S.bits - 1)
+            code = tl.where(code < half, 2 * half - 1 - code, code - half)
     return code
+
+
+@triton.jit
+def _path_bit(pages, tile, token, coordinate, t, S: tl.constexpr):
+    """A trellis' path bit t, in the order of its bits; 0 before the first."""
+    plane: tl.constexpr = len(S.widths) - 1
+    byte = tl.maximum(t, 0) // 8
+    if S.is_value:
+        address = byte // 4 * 64 + token // 4 * 16 + byte % 4 * 4 + token % 4
+    else:
+        address = token * S.row_bytes[plane] + byte
+    inside = (coordinate < S.head_size) & (t >= 0)
+    found = tl.load(pages + tile + (S.planes[plane] + address), mask=inside, other=0).to(tl.int32)
+    return (found >> (tl.maximum(t, 0) % 8)) & 1
+
+
+@triton.jit
+def reference_of(pages, scales, page_byte, coordinate, inside, PAGE_BYTES: tl.constexpr, REFERENCE: tl.constexpr):
+    """Coordinates of key references, float32: ``page_byte``, where pages begin, and ``coordinate`` are broadcast.
+
+    ``pages`` points to int8, ``scales`` to bfloat16.
+    """
+    code = tl.load(pages + page_byte + (REFERENCE + coordinate), mask=inside, other=0).to(tl.float32)
+    return code * tl.load(scales + (page_byte + (PAGE_BYTES - 2)) // 2).to(tl.float32)
 
 
 @triton.jit
