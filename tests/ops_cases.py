@@ -88,8 +88,8 @@ def decode_records(
     """Records, and the key references of their pages, to K and V in the model's basis, un-rotated in float64."""
     restored = []
     both = zip(layout.decode(records), (layout.format.k, layout.format.v), (references, None), strict=True)
-    for x, side, reference in both:
-        x = x.double() if reference is None else x.double() + reference
+    for x, side, subtracted in both:
+        x = x.double() if subtracted is None else x.double() + subtracted
         restored.append(x @ torch.from_numpy(rotation_matrix(x.shape[-1])) if side.rotated else x)
     return restored[0], restored[1]
 

@@ -646,7 +646,9 @@ DOCUMENTATION = Path(__file__).parents[1] / "docs" / "formats.md"
 def test_the_documented_sizes_are_the_real_ones() -> None:
     row = re.compile(r"^\| `(k\w+v[\w+]+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", re.M)
     rows = row.findall(DOCUMENTATION.read_text(encoding="utf-8"))
-    usual = {f"k{bits}v{bits}" for bits in range(1, 9)} | {f"k{bits}tv{bits}t{mean}" for bits in (2, 3, 4) for mean in ("", "+mean")}
+    usual = {f"k{bits}v{bits}" for bits in range(1, 9)} | {
+        f"k{bits}tv{bits}t{mean}" for bits in (2, 3, 4) for mean in ("", "+mean")
+    }
     assert usual < {name for name, *_ in rows}
     for name, *figures in rows:
         fmt = parse(name)

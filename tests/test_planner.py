@@ -122,7 +122,9 @@ def test_rows_begin_with_the_baselines_and_have_no_doubles() -> None:
 # --- what is planned is what is allocated -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", ["bf16", "exact", "fp8", "fp8_cast", "k4v4", "k3v5", "kf8v1", "k3tv2t", "k4v4+mean", "k2tvf8+mean"])
+@pytest.mark.parametrize(
+    "format", ["bf16", "exact", "fp8", "fp8_cast", "k4v4", "k3v5", "kf8v1", "k3tv2t", "k4v4+mean", "k2tvf8+mean"]
+)
 @pytest.mark.parametrize("sizes", [(128, 128), (80, 80), (512, 64), (9, 31)])
 def test_equals_the_layout(format: str, sizes: tuple[int, int]) -> None:
     for page_size in (16, 32, 64):

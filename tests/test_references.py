@@ -22,7 +22,7 @@ from kvfold.formats import PAGE_SIZES, KVFormat
 from kvfold.layout import PageLayout
 from kvfold.ops import references
 from kvfold.planner import ModelShape, cache_bytes, plan
-from kvfold.rotation import rotate, rotation_matrix
+from kvfold.rotation import rotation_matrix
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -198,8 +198,10 @@ def test_any_calls_choose_by_the_rules(name: str, data: st.DataObject) -> None:
     while min(done[b] - length for b, length in enumerate(lengths)) < 0:
         parts = []
         for b, length in enumerate(lengths):
-            step = data.draw(st.sampled_from([0, 1, page_size // 4, page_size // 2]) | st.integers(1, 2 * page_size))
-            parts.append((b, done[b], min(length, done[b] + step)))
+            steps = st.sampled_from([3 * page_size, page_size // 2, page_size // 4, 1, 0]) | st.integers(
+                1, 2 * page_size
+            )
+            parts.append((b, done[b], min(length, done[b] + data.draw(steps))))
         wanted = {
             (b, page): chosen(cache, b, vectors[b][0], begin, end, page)
             for b, begin, end in parts
@@ -286,7 +288,7 @@ def test_store_refuses_what_it_cannot_use(backend: str) -> None:
 
 def test_the_mean_is_taken_if_half_of_the_keys_are_nearer_to_it_than_to_zero() -> None:
     direction = torch.nn.functional.normalize(noise(1, 1, 64), dim=-1)
-    for huge, kept in ((1, True), (4, True), (8, False), (100, False)):  # of 8 keys of length 1, one is so much longer
+    for huge, kept in ((1, True), (4, True), (12, False), (100, False)):  # of 8 keys of length 1, one is so much longer
         keys = direction.repeat(8, 1, 1) + 0.02 * noise(8, 1, 64, seed=1)
         keys[3] = huge * torch.nn.functional.normalize(noise(1, 1, 64, seed=3), dim=-1)
         mean = references._mean(keys)
@@ -328,7 +330,7 @@ def test_squares_neither_overflow_nor_vanish(magnitude: float) -> None:
 def test_attention_gets_the_reference_back(spec: str, page_size: int, backend: str) -> None:
     """Against float64, with offsets that differ from page to page by far more than the keys' own noise."""
     layout = PageLayout.of(spec, 32, 64, page_size)
-    lengths = (3 * page_size + 5, 1, page_size, 0)
+    lengths = (3 * page_size + page_size // 4 + 1, 1, page_size, 0)
     cache = empty_cache(layout, lengths, seed=page_size)
     vectors = []
     for b, length in enumerate(lengths):
@@ -394,21 +396,25 @@ def test_one_huge_key_does_not_harm_the_others(position: str, tokens: int, backe
     assert errors[0] < 1.1 * errors[1]
 
 
-def test_one_huge_key_alone_at_the_beginning_does(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("huge", "errors"), [(10, (0.99, 0.16, 0.093, 0.092)), (100, (10, 2.2, 0.63, 0.135)), (1000, (100, 23, 6.3, 1.9))]
+)
+def test_one_huge_key_alone_at_the_beginning_does(huge: int, errors: tuple[float, ...], backend: str) -> None:
     """What rule 4 costs: decoding token by token from nothing, the first key is its page's reference, whatever it is.
 
-    The others of that page then lose a share of its length and not of their own. A prompt of three tokens is enough
-    to outvote it, and the next page is free of it.
+    The others of that page then err by a share of its length and not of their own. Their errors are alike, so that they
+    stay in the mean that the next page takes of them, and fade page by page; ``errors`` are those of four pages,
+    relative to the keys, which alone is .09. A prompt of three tokens outvotes the first.
     """
     layout = PageLayout.of("k4v4+mean", 64, page_size=16)
-    cache, vectors = empty_cache(layout, [48]), [(noise(48, 2, 64), noise(48, 2, 64, seed=1))]
-    vectors[0][0][0] *= 1000
-    for begin, end in pairwise(range(49)):
+    cache, vectors = empty_cache(layout, [64]), [(noise(64, 2, 64), noise(64, 2, 64, seed=1))]
+    vectors[0][0][0] *= huge
+    for begin, end in pairwise(range(65)):
         store(cache, [(0, begin, end)], vectors)
     error = (cache.vectors(0)[0] - vectors[0][0].double()).norm(dim=-1) / vectors[0][0].double().norm(dim=-1)
     assert error[0].max() < 0.02
-    assert error[1:16].mean() > 10
-    assert error[16:].max() < 0.3
+    by_page = [float(error[max(1, 16 * page) : 16 * page + 16].mean()) for page in range(4)]
+    assert by_page == pytest.approx(errors, rel=0.1)
 
 
 @pytest.mark.parametrize("calls", ["at once", "token by token"])
@@ -490,10 +496,10 @@ def cuts_of(how: str, tokens: int) -> list[int]:
 @pytest.mark.parametrize("how", ["prefill", "chunks of 100", "decode"])
 @pytest.mark.parametrize("spec", ["k4v4", "k4tv4t"])
 def test_an_offset_of_the_keys_costs_nothing(spec: str, how: str, factor: int) -> None:
-    """At 4 096 tokens the error of attention is at most 1.1 times what it is without the offset (measured: .93 to 1.02).
+    """At 4 096 tokens the error of attention is at most 1.1 times what it is without the offset: measured .93 to 1.03.
 
     For queries that do not see the offset, so that the weights are the same with and without it. Without references
-    the error is 9 to 40 times as large. The output's own noise decides the second digit: 96 queries of 2 heads.
+    the error is 11 to 49 times as large. The output's own noise decides the second digit: 96 queries of 2 heads.
     """
     tokens, layout = 4096, PageLayout.of(spec + "+mean", D)
     plain, k, v = keys_with_offset(tokens, 2, factor)
@@ -526,9 +532,10 @@ def test_an_offset_that_queries_see_costs_nothing(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["prefill", "decode"])
 def test_an_offset_costs_nothing_at_32_768_tokens(how: str) -> None:
+    """Measured .97 and .99 times the error without offset; 80 times without references."""
     tokens, layout, bare = 32768, PageLayout.of("k4v4+mean", D), PageLayout.of("k4v4", D)
-    plain, k, v = keys_with_offset(tokens, 1, 30)
-    q = queries(48, 1, blind=True)
+    plain, k, v = keys_with_offset(tokens, 2, 30)
+    q = queries(96, 2, blind=True)
     without = relative_error(bare, filled(bare, plain, v, [0, tokens]), q, plain, v, tokens)
     pages = filled(layout, k, v, cuts_of(how, tokens))
     assert relative_error(layout, pages, q, k, v, tokens) < 1.1 * without
@@ -556,9 +563,7 @@ def test_decoding_from_nothing_costs_the_first_page(tokens: int, most: float) ->
     assert energy[2] < 1.05**2 * energy[0]
 
 
-@pytest.mark.parametrize(
-    ("pair", "prefill", "decode"), [(19, 9, 80), (28, 1.3, 3.5), (36, 1.05, 1.2), (48, 1.05, 1.1)]
-)
+@pytest.mark.parametrize(("pair", "prefill", "decode"), [(19, 9, 80), (28, 1.3, 3.5), (36, 1.05, 1.2), (48, 1.05, 1.1)])
 def test_pairs_that_turn_faster_keep_some_of_their_offset(pair: int, prefill: float, decode: float) -> None:
     """Energy of the keys' error over that without offset, for an offset ten times the noise in one pair alone.
 
@@ -739,7 +744,12 @@ def test_a_file_holds_the_reference_and_no_stale_token(tmp_path: Path) -> None:
 def test_planned_bytes_are_allocated_bytes(format: str, page_size: int) -> None:
     cache = make(format, page_size=page_size)
     shape, page = ModelShape.uniform(LAYERS, HEADS, DK, DV), cache.layout.page_bytes * LAYERS * HEADS
-    assert cache.bytes_allocated == cache.pages.nbytes == 12 * page == cache_bytes(shape, format, 12 * page_size, page_size)
+    assert (
+        cache.bytes_allocated
+        == cache.pages.nbytes
+        == 12 * page
+        == cache_bytes(shape, format, 12 * page_size, page_size)
+    )
     assert cache.layout.page_bytes == page_size * cache.layout.token_bytes + 48
     cache.extend(cache.new_sequence(), page_size + 1)
     assert cache.bytes_in_use == 2 * page == cache_bytes(shape, format, page_size + 1, page_size)

@@ -208,7 +208,20 @@ def test_decoding_compiles_with_inductor(llama) -> None:  # type: ignore[no-unty
         assert close(logits(step, one, compiled), logits(llama, one, eager))
 
 
-@pytest.mark.parametrize("fmt", ["k4v4", "k3v2", "k3tv2t", "k4v4+mean", "k4tv4t+mean+sinks4+tail16", "kf8vf8", "k4v4+sinks4+tail16", "bf16", "exact"])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        "k4v4",
+        "k3v2",
+        "k3tv2t",
+        "k4v4+mean",
+        "k4tv4t+mean+sinks4+tail16",
+        "kf8vf8",
+        "k4v4+sinks4+tail16",
+        "bf16",
+        "exact",
+    ],
+)
 @pytest.mark.parametrize("max_length", [None, 100])
 def test_live_bytes_equal_the_planners(llama, fmt: str, max_length: int | None) -> None:  # type: ignore[no-untyped-def]
     cache = KVCache(llama.config, fmt, max_length=max_length)

@@ -68,7 +68,7 @@ def test_levels_are_the_alphabet_rounded_to_int8(bits: int) -> None:
     book = trellis_levels(bits)
     assert book.integers.dtype == np.int64
     assert np.all(np.diff(book.integers) > 0)
-    assert 0 <= book.integers[0]
+    assert book.integers[0] >= 0
     assert book.integers[-1] <= 127
     levels = book.levels
     assert len(levels) == 2 ** (bits + 1)

@@ -3,9 +3,9 @@
 They serve NVIDIA chips from sm_80 on, and whatever else Triton compiles for; with ``TRITON_INTERPRET=1`` in the
 environment when this module is imported they run on the CPU, slowly, which is how they are tested without a GPU.
 
-Sides are Lloyd–Max codes of 1 to 8 bits and trellises, with key references or without. Nothing here reads a tensor's values on the host, and grids depend on shapes
-alone, so that all but :func:`load_kv` can be captured into CUDA graphs (after one call outside, which compiles and
-makes the tables).
+Sides are Lloyd–Max codes of 1 to 8 bits and trellises, with key references or without. Nothing here reads a tensor's
+values on the host, and grids depend on shapes alone, so that all but :func:`load_kv` can be captured into CUDA graphs
+(after one call outside, which compiles and makes the tables).
 """
 
 from __future__ import annotations
