@@ -1,6 +1,6 @@
 """How much memory a model's KV cache takes in a format, and how much context fits into a given memory.
 
-Every figure comes from :meth:`KVFormat.bytes_per_token <kvfold.formats.KVFormat.bytes_per_token>` and
+Every figure comes from :meth:`KVFormat.page_bytes <kvfold.formats.KVFormat.page_bytes>` and
 :meth:`KVFormat.exact_bytes <kvfold.formats.KVFormat.exact_bytes>`, from which pages are allocated too, so that a plan
 and an allocation agree to the byte. Pure Python, no torch.
 """

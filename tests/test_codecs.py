@@ -140,14 +140,15 @@ def documented_errors() -> dict[str, list[float]]:
     return {name: [float(cell) for cell in cells.split("|") if cell.strip(" –")] for name, cells in rows}
 
 
-@pytest.mark.parametrize("name", [*map(str, WIDTHS), "f8", "f8cast"])
+@pytest.mark.parametrize("name", [*map(str, WIDTHS), "2t", "3t", "4t", "f8", "f8cast"])
 def test_the_documented_errors_are_the_real_ones(name: str) -> None:
     columns = [("plain", 64), ("plain", 128), ("unbiased", 64), ("unbiased", 128), ("mse+pre9", 64), ("mse+pre9", 128)]
     stated = documented_errors()[name]
-    assert len(stated) == (6 if name.isdigit() else 4)
+    tuned = name[0].isdigit()
+    assert len(stated) == (6 if tuned else 4)
     for (options, head_size), error in zip(columns, stated, strict=False):
-        if options != "plain":
-            s = side(f"{name}+{options}" if name.isdigit() else name)
+        if options != "plain" or name in ("2t", "3t", "4t"):
+            s = side(f"{name}+{options}" if tuned else name)
             assert distortion(gaussian(1500, head_size), s) == pytest.approx(error, rel=0.04), options
         elif name.isdigit():
             assert lloyd_max(int(name), head_size).distortion == pytest.approx(error, rel=0.005)

@@ -554,7 +554,7 @@ BYTES = [
     ("kbf16vbf16", 128, None, 512),
     ("kf16vf32", 128, None, 256 + 512),
     ("kf32vf32", 80, None, 640),
-    # a trellis side has the bytes of a Lloyd–Max side, but for 2 bits in heads that are no multiple of 32: two planes
+    # a trellis side has the bytes of a Lloyd–Max side, but for 2 and 4 bits in heads that are no multiple of 32
     ("k2tv2t", 128, None, 32 + 32 + 4),
     ("k3tv3t", 128, None, 48 + 48 + 4),
     ("k4tv4t", 128, None, 64 + 64 + 4),

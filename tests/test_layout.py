@@ -195,6 +195,17 @@ def test_worked_example_of_the_documentation() -> None:
     assert where[128:] == [2060, 2061, 2092, 2093]
 
 
+def test_worked_example_of_a_key_reference() -> None:
+    layout = PageLayout.of("k4v4+mean", 128)
+    assert (layout.reference, layout.page_bytes) == (8448, 8592)
+    assert layout.tile_bytes == 2112, "a tile knows no reference"
+    page = torch.full((layout.page_bytes,), 0xEE, dtype=torch.uint8)
+    page[layout.reference :] = layout.encode_reference(torch.linspace(-127, 127, 128))
+    assert page[8448:8576].view(torch.int8).tolist() == torch.linspace(-127, 127, 128).round().int().tolist()
+    assert page[8576:8590].tolist() == [0] * 14
+    assert page[8590:].tolist() == [0x80, 0x3F], "1.0 as a bfloat16"
+
+
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 def test_a_page_is_a_row_of_tiles(page_size: int) -> None:
     layout = PageLayout.of("k3v4", 96, 80, page_size)

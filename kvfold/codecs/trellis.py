@@ -28,7 +28,7 @@ from kvfold.formats import Side
 
 STATES = 4
 _FAR = 1e30  # no path begins there
-_VECTORS = 2**16  # at a time, because a decision per step and state is kept of each
+_VECTORS = 2**12  # at a time: a decision per step and state is kept of each, and the cache holds what a step reads
 
 
 def positions(head_size: int) -> list[int]:
