@@ -264,7 +264,6 @@ def test_what_previous_says_of_other_tokens_does_not_matter(backend: str) -> Non
     assert all(torch.equal(each, pages[0]) for each in pages)
 
 
-@pytest.mark.xfail(strict=True, reason="previous of a dropped token is checked where its slot is a multiple of a page")
 def test_what_previous_says_of_dropped_tokens_does_not_matter(backend: str) -> None:
     layout = PageLayout.of("k4v4+mean", 32, page_size=16)
     cache = empty_cache(layout, [1])

@@ -141,7 +141,9 @@ def _formats(specs: list[str] | tuple[str, ...]) -> list[KVFormat]:
         if fmt.sinks or fmt.tail:
             raise UsageError(f"{fmt}: bench times pages, and exact sinks and tails lie outside them; leave them out")
         if fmt.mean:
-            raise UsageError(f"{fmt}: the kernels on a GPU have no key references yet; leave +mean out")
+            raise UsageError(
+                f"{fmt}: bench fills pages with random bytes, and key references are not among them; leave +mean out"
+            )
         if any(side.family != "lloyd" for side in (fmt.k, fmt.v)):
             raise UsageError(f"{fmt}: bench fills pages with random codes of 1 to 8 bits: give k1..k8 and v1..v8")
     return formats

@@ -153,8 +153,10 @@ def store_kv(
     if previous is None:
         raise ShapeError(f"{layout.format} has key references: store_kv needs previous, the page before each new page")
     _check_integer("previous", previous, (k.shape[0],), pages.device, torch.int64)
-    if pages.device.type == "cpu" and bool((previous[slots % layout.page_size == 0] >= len(pages)).any()):
-        raise ShapeError(f"previous names pages beyond the {len(pages)} that there are")
+    if pages.device.type == "cpu":
+        opening = (slots >= 0) & (slots % layout.page_size == 0)
+        if bool((previous[opening] >= len(pages)).any()):
+            raise ShapeError(f"previous names pages beyond the {len(pages)} that there are")
     implementation.store_kv(k, v, pages, slots, layout, previous)
 
 
