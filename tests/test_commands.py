@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from kvfold import cli
 from kvfold.commands import formats as formats_command
 from kvfold.formats import KVFormat
 
@@ -25,20 +24,6 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
     return folder
-
-
-class Result:
-    def __init__(self, code: int, captured: pytest.CaptureResult[str]) -> None:
-        self.code, self.out, self.err = code, captured.out, captured.err
-
-    def json(self) -> Any:
-        assert (self.code, self.err) == (0, "")
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def kvfold(capsys: pytest.CaptureFixture[str]) -> Any:
-    return lambda *argv: Result(cli.main([str(word) for word in argv]), capsys.readouterr())
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------

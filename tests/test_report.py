@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvfold import cli
 from kvfold.bench.report import Report as Bench
 from kvfold.bench.report import Row as BenchRow
 from kvfold.commands import fidelity, needle_report, storage
@@ -139,16 +138,6 @@ def plan_file(kvfold: Any) -> Data:
 
 
 # --- running and reading ----------------------------------------------------------------------------------------------
-
-
-class Result:
-    def __init__(self, code: int, captured: pytest.CaptureResult[str]) -> None:
-        self.code, self.out, self.err = code, captured.out, captured.err
-
-
-@pytest.fixture
-def kvfold(capsys: pytest.CaptureFixture[str]) -> Any:
-    return lambda *argv: Result(cli.main([str(word) for word in argv]), capsys.readouterr())
 
 
 class Page(HTMLParser):

@@ -12,6 +12,7 @@ from kvfold.layout import PageLayout
 from kvfold.ops.triton import sides
 from kvfold.ops.triton.references import open_pages
 from kvfold.ops.triton.rotate import rotate_more
+from kvfold.ops.triton.scaling import judged
 from kvfold.ops.triton.trellis import encode
 from kvfold.ops.triton.unpack import bits_before, reference_of, to_bfloat16
 
@@ -149,17 +150,7 @@ def _quantise(y, thresholds, levels, prescales, RULE: tl.constexpr, PRESCALES: t
         code = tl.where(inside, code, 0)
         error = tl.where(inside, z - tl.load(levels + code), 0.0)
         zz, ze, ee = tl.sum(z * z, axis=1), tl.sum(z * error, axis=1), tl.sum(error * error, axis=1)
-        zz0, z0z0 = zz - ze, zz - 2 * ze + ee
-        sine = (zz * ee - ze * ze) / (zz * z0z0)
-        if RULE == 1:
-            stored = scale * zz / zz0
-        elif RULE == 2:
-            stored = scale * tl.sqrt(zz / z0z0)
-        elif RULE == 3:
-            stored = scale * zz0 / z0z0
-        else:
-            stored = scale
-        stored = tl.where(usable, stored, 0.0)
+        sine, stored = judged(scale, zz, ze, ee, RULE)
         better = (sine < best_sine) | (candidate == 0)
         best_sine = tl.where(better, sine, best_sine)
         best_scale = tl.where(better, stored, best_scale)

@@ -15,6 +15,7 @@ import triton.language as tl
 from kvfold.layout import PageLayout
 from kvfold.ops.triton import sides
 from kvfold.ops.triton.rotate import rotate_more
+from kvfold.ops.triton.scaling import judged
 from kvfold.ops.triton.unpack import reference_of, to_bfloat16
 
 _VECTORS = 64  # of a block that searches
@@ -191,17 +192,7 @@ def _search(
                     code = (r | path << (BITS - 1)).to(tl.uint8)
                     tl.store(trial + e * count.to(tl.int64) + wide, code, mask=present)
                 state = 2 * before + two_before
-        zz0, z0z0 = zz - ze, zz - 2 * ze + ee
-        sine = (zz * ee - ze * ze) / (zz * z0z0)
-        if RULE == 1:
-            stored = scale * zz / zz0
-        elif RULE == 2:
-            stored = scale * tl.sqrt(zz / z0z0)
-        elif RULE == 3:
-            stored = scale * zz0 / z0z0
-        else:
-            stored = scale
-        stored = tl.where(usable, stored, 0.0)
+        sine, stored = judged(scale, zz, ze, ee, RULE)
         better = (sine < best_sine) | (candidate == 0)
         best_sine = tl.where(better, sine, best_sine)
         best_scale = tl.where(better, stored, best_scale)
