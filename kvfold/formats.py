@@ -158,7 +158,10 @@ class KVFormat:
 
     def __post_init__(self) -> None:
         if self.mean and not self.k.rotated:
-            raise FormatError(f"mean: a reference is subtracted from keys that are rotated, and {self.k.name} is not")
+            raise FormatError(
+                f"mean: a reference is subtracted from keys that are rotated, and {self.k.name} is not; leave +mean "
+                "out, or give K 1 to 8 bits or a trellis"
+            )
         for name, count in (("sinks", self.sinks), ("tail", self.tail)):
             if not isinstance(count, int) or isinstance(count, bool) or count < 0:
                 raise FormatError(f"{name} is a number of tokens from 0, not {count!r}")
