@@ -2,12 +2,13 @@
 
     python benchmarks/vllm_engine.py --dtypes auto fp8 turboquant --json vllm.json
 
-Weights are dummies (speed does not depend on them), prompts random token ids, and each cache has a process of its own.
-Needs a GPU and vLLM 0.33. A case is batch x prompt tokens; ``full`` is as many requests of 32 000 tokens as the cache
-holds. Two prompts of each case are served before it is timed, so that nothing compiles in it.
+Weights are dummies (speed does not depend on them), prompts random token ids, and each cache has a process of its own;
+on a machine of several equal GPUs ``--gpus`` measures as many caches at a time. Needs a GPU and vLLM 0.33. A case is
+batch x prompt tokens; ``full`` is as many requests of 32 000 tokens as the cache holds. Two prompts of
+each case are served before it is timed, so that nothing compiles in it.
 
 The decode rate counts the tokens after the moment at which every request has its first one; the prefill time is what
-lies before. Both are of one run, as a client would see it.
+lies before. Both are of one run, as a client would see it. What CUDA graphs take is what vLLM's log says.
 """
 
 from __future__ import annotations
@@ -15,11 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -28,6 +33,7 @@ from typing import Any, NamedTuple
 
 LONG = 32_000
 CASES = ("8x10", "8x8192", "32x8192", "8x32000")
+GRAPHS = re.compile(r"Graph capturing finished in \S+ secs, took ([\d.]+) GiB")
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 4096, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936,
@@ -124,11 +130,42 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return {"environment": environment_of_gpu(None)} | result  # last: it makes a CUDA context in this process
 
 
+def run_one(dtype: str, args: argparse.Namespace, gpus: queue.SimpleQueue[str]) -> dict[str, Any] | None:
+    """:func:`measure` in a process of its own on a GPU that is free; None, and the end of its log, if it failed."""
+    additional = args.additional if is_ours(dtype) else "{}"
+    command = [
+        sys.executable, __file__, "--one", dtype, "--cases", *args.cases, "--new", str(args.new), "--layers",
+        str(args.layers), "--utilization", str(args.utilization), "--additional", additional,
+    ]  # fmt: skip
+    gpu = gpus.get()
+    env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+    log: deque[str] = deque(maxlen=100)
+    graphs = None
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch, "result.json")
+        with subprocess.Popen(
+            [*command, "--result", str(result)], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                log.append(line)
+                if line.startswith(f"{dtype}: {{"):
+                    print(line, end="", file=sys.stderr, flush=True)
+                if found := GRAPHS.search(line):
+                    graphs = float(found[1])
+        gpus.put(gpu)
+        if process.returncode:
+            print(f"{dtype} failed:\n{''.join(log)}", file=sys.stderr, flush=True)
+            return None
+        return {**json.loads(result.read_text()), "graphs_gib": graphs}
+
+
 def compare(results: list[dict[str, Any]]) -> str:
     """A table of all caches, and how they compare with the first."""
     lines = []
     for result in results:
-        lines.append(f"{result['dtype']}: {result['tokens']:,} tokens, {result['tokens'] / results[0]['tokens']:.2f}x")
+        times = result["tokens"] / results[0]["tokens"]
+        lines.append(f"{result['dtype']}: {result['tokens']:,} tokens, {times:.2f}x; graphs {result['graphs_gib']} GiB")
         for row, base in zip(result["cases"], results[0]["cases"], strict=False):
             rate, prefill = row["decode_tokens_per_second"], row["prefill_seconds"]
             lines.append(
@@ -148,6 +185,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128, help="tokens to decode after the first")
     parser.add_argument("--layers", type=int, default=36)
     parser.add_argument("--utilization", type=float, default=0.5, help="gpu_memory_utilization")
+    parser.add_argument("--gpus", type=int, default=1, help="equal GPUs, each for a cache at a time (%(default)s)")
     parser.add_argument("--additional", default="{}", help="--additional-config of kvfold's dtypes")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -159,25 +197,27 @@ def main() -> None:
     require(args.json, args.dtypes)
     head: dict[str, Any] = {
         "command": " ".join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "layers": args.layers, "utilization": args.utilization,
+        "layers": args.layers, "utilization": args.utilization, "caches_at_a_time": args.gpus,
     }  # fmt: skip
-    results = []
-    for dtype in args.dtypes:
-        additional = args.additional if is_ours(dtype) else "{}"
-        command = [
-            sys.executable, __file__, "--one", dtype, "--cases", *args.cases, "--new", str(args.new), "--layers",
-            str(args.layers), "--utilization", str(args.utilization), "--additional", additional,
-        ]  # fmt: skip
-        with tempfile.TemporaryDirectory() as scratch:
-            result = Path(scratch, "result.json")
-            env = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ
-            if subprocess.run([*command, "--result", str(result)], check=False, env=env).returncode:
-                sys.exit(f"{dtype} failed, see above")
-            results.append(json.loads(result.read_text()))
-        head["environment"] = results[-1].pop("environment")
-        if args.json:
-            args.json.write_text(json.dumps(head | {"caches": results}, indent=1) + "\n")
-    print(compare(results))
+    gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for gpu in range(args.gpus):
+        gpus.put(str(gpu) if args.gpus > 1 else "")
+    measured: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor(args.gpus) as pool:
+        started = {pool.submit(run_one, dtype, args, gpus): dtype for dtype in args.dtypes}
+        for future in as_completed(started):
+            if (result := future.result()) is None:
+                continue
+            head["environment"] = result.pop("environment")
+            measured[started[future]] = result
+            if args.json:  # what there is, should the next one not end
+                done = [measured[dtype] for dtype in args.dtypes if dtype in measured]
+                args.json.write_text(json.dumps(head | {"caches": done}, indent=1) + "\n")
+    results = [measured[dtype] for dtype in args.dtypes if dtype in measured]
+    if results:
+        print(compare(results))
+    if failed := [dtype for dtype in args.dtypes if dtype not in measured]:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

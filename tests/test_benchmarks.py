@@ -71,10 +71,10 @@ def test_prompts_are_pieces_of_the_text_that_do_not_overlap(monkeypatch: pytest.
 def test_caches_are_compared_with_the_first() -> None:
     def cache(dtype: str, tokens: int, rate: float, seconds: float) -> dict[str, object]:
         row = {"case": "8x10", "batch": 8, "prefill_seconds": seconds, "decode_tokens_per_second": rate}
-        return {"dtype": dtype, "tokens": tokens, "cases": [row]}
+        return {"dtype": dtype, "tokens": tokens, "graphs_gib": 0.2, "cases": [row]}
 
     text = script("vllm_engine").compare([cache("auto", 100, 50.0, 2.0), cache("turboquant", 388, 100.0, 1.0)])
-    assert "turboquant: 388 tokens, 3.88x" in text
+    assert "turboquant: 388 tokens, 3.88x; graphs 0.2 GiB" in text
     assert " ".join(text.splitlines()[3].split()) == "8x10 batch 8 decode 100.0 tok/s 2.00x prefill 1.00 s 0.50x"
 
 
@@ -85,6 +85,7 @@ def test_caches_are_compared_with_the_first() -> None:
         ("vllm_engine", ["--cases", "0x10"], "'0x10' is neither"),
         ("vllm_engine", [], "vLLM is not installed: pip install"),
         ("vllm_answers", ["--text", "nothing.txt"], "vLLM is not installed: pip install"),
+        ("vllm_fidelity", ["--text", "a", "--haystack", "b"], "vLLM is not installed: pip install"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_once(name: str, arguments: list[str], says: str) -> None:
@@ -118,3 +119,46 @@ def test_a_missing_device_folder_text_and_model_are_named(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "argv", ["vllm_answers.py", "--text", str(tmp_path / "text"), "--model", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no config\.json; --model"):
         answers.main()
+
+
+def test_what_two_engines_say_is_compared() -> None:
+    fidelity = script("vllm_fidelity")
+    sure, torn = {"1": math.log(0.9), "2": math.log(0.05)}, {"1": math.log(0.4), "2": math.log(0.5)}
+    assert fidelity.score_needle([torn, sure, sure], [9, 1, 1, 1], 2) == pytest.approx((1, 2 * math.log(0.9) / 7))
+    assert fidelity.score_needle([torn, torn], [9, 1, 1], 2) == pytest.approx((0, 2 * math.log(0.4) / 7))
+    window = [sure] * 100
+    assert fidelity.kl_of_window(window, window) == 0
+    moved = fidelity.kl_of_window(window, [torn] * 100)
+    assert moved == pytest.approx(fidelity.divergence(sure, torn))
+    assert fidelity.kl_of_window([torn] * 64 + window, window + [sure] * 64) == 0  # the first positions do not count
+    needles = [([9, 1, 1], 2)] * 3
+    exact, packed = [window, window, *[[sure, sure]] * 3], [window, [torn] * 100, *[[torn, torn]] * 3]
+    said = {
+        ("vllm", False): exact,
+        ("vllm", True): packed,
+        ("transformers", False): exact,
+        ("transformers", True): exact,
+    }
+    result = fidelity.compare(said | {("transformers", True): [window, [torn] * 100, *exact[2:]]}, 2, needles)
+    assert result["difference"]["kl_ratio"] == pytest.approx(1)
+    assert result["difference"]["recall"]["value"] == -1
+    assert result["engines"]["vllm"]["kl"]["value"] == pytest.approx(moved / 2)
+    assert result["engines"]["vllm"]["recall_uncompressed"]["value"] == 1
+
+
+def test_heads_of_zeros_change_nothing(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 50}
+    config = LlamaConfig(**shape, num_attention_heads=6, num_key_value_heads=3, head_dim=8, attention_bias=True)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "small")
+    made = script("whole_heads").with_whole_heads(tmp_path / "small", tmp_path / "whole", 2)
+    assert made == tmp_path / "whole"
+    more = LlamaForCausalLM.from_pretrained(made).eval()
+    assert (more.config.num_attention_heads, more.config.num_key_value_heads) == (8, 4)
+    ids = torch.arange(20)[None]
+    assert torch.allclose(more(ids).logits, model(ids).logits, atol=1e-6)
+    assert script("whole_heads").with_whole_heads(made, tmp_path / "other", 2) == made
+    assert not (tmp_path / "other").exists()
