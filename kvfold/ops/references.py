@@ -4,13 +4,19 @@ Real keys share a large mean that rotary embeddings turn slowly with the positio
 quantised, and a score gets ``q · reference`` back once per page. Any vector is right and a near one is good. A page's
 is chosen when its first slot is written, from the rotated keys that are nearest to what the page will hold:
 
-1. the keys that this call writes to the page, if they are a quarter of it or more (a prefill);
-2. else, of the page before it in the sequence, the keys that this call writes, if they are half of it or more,
-3. or those it holds already, as they were stored (decoding);
-4. without a page before it, the keys at hand, however few.
+1. without a page before it, the sequence's first key, if it stands apart from those that this call writes behind it in
+   the page: if its distance from their mean, squared, is more than 1.5 times what theirs are on average. Not if it is
+   more than twice as long as they are in root mean square. Else it and these, as in 2, however few;
+2. the keys that this call writes to the page, if they are a quarter of it or more (a prefill);
+3. else, of the page before it in the sequence, the keys that this call writes, if they are half of it or more,
+4. or those it holds already, as they were stored (decoding).
 
-Their mean is taken if at least half of them are nearer to it than to zero; else zero is (one huge key would make the
-mean a bad reference for all others). Keys that are not finite do not count.
+Of several keys the mean is taken if at least half of them are nearer to it than to zero; else zero is (one huge key
+would make the mean a bad reference for all others). Keys that are not finite do not count.
+
+Rule 1 is for what trained models do: nearly every head attends to the first token, whatever comes, and its key is short
+and unlike all others, so that its error weighs more than that of the whole page. As the reference it is nearly exact,
+and as it is short, the others lose little more than the mean that they could have had.
 
 A sequence's tokens are consecutive in a call and their slots ascend within a page, as all callers write them.
 """
@@ -56,14 +62,15 @@ def open_pages(
         page, other = where[token] // size, before[token]
         # of the page before: how many of its last tokens this call writes
         fresh = _run_back(where, token, other, size) if other >= 0 else 0
-        if own >= size // 4 or other < 0:
-            near = rotate(k[token : token + own])
-        elif fresh >= size // 2:
-            near = rotate(k[token - fresh : token])
-        else:
-            near = _stored(pages[other], size - fresh, layout)
         opened.append(page)
-        means.append(_mean(near))
+        if other < 0:
+            means.append(_first(rotate(k[token : token + own])))
+        elif own >= size // 4:
+            means.append(_mean(rotate(k[token : token + own])))
+        elif fresh >= size // 2:
+            means.append(_mean(rotate(k[token - fresh : token])))
+        else:
+            means.append(_mean(_stored(pages[other], size - fresh, layout)))
     pages[opened, :, layout.reference :] = layout.encode_reference(torch.stack(means))
 
 
@@ -89,6 +96,20 @@ def _stored(page: torch.Tensor, tokens: int, layout: PageLayout) -> torch.Tensor
     records = tiles[..., layout.addresses(page.device).flatten()].unflatten(2, (TILE, layout.token_bytes))
     keys, _ = layout.decode(records.flatten(1, 2)[:, :tokens])
     return (keys + layout.decode_reference(page)[:, None]).transpose(0, 1)
+
+
+def _first(keys: torch.Tensor) -> torch.Tensor:
+    """Of a sequence's first keys ``[n, H, d]``: ``[H, d]``, the first where it stands apart and is short (rule 1)."""
+    finite = torch.isfinite(keys).all(dim=-1, keepdim=True)
+    largest = torch.where(finite, keys, 0.0).abs().amax(dim=(0, -1), keepdim=True).clamp(min=1e-30)  # as in _mean
+    scaled = torch.where(finite, keys / largest, 0.0)
+    first, others, counted = scaled[0], scaled[1:], finite[1:]
+    count = counted.sum(dim=0)
+    centre = others.sum(dim=0) / count.clamp(min=1)
+    spread = torch.where(counted, others - centre, 0.0).square().sum(dim=(0, -1))
+    apart = (first - centre).square().sum(dim=-1) * count[:, 0] >= 1.5 * spread
+    short = first.square().sum(dim=-1) * count[:, 0] <= 4 * others.square().sum(dim=(0, -1))
+    return torch.where((finite[0, :, 0] & apart & short)[:, None], keys[0], _mean(keys))
 
 
 def _mean(keys: torch.Tensor) -> torch.Tensor:

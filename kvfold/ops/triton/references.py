@@ -48,13 +48,17 @@ def _open(
         follows = (before >= 0) & (there == before * PAGE_SIZE + (PAGE_SIZE - 1) - each)
         fresh = tl.min(tl.where(follows, PAGE_SIZE, each), axis=0)
 
-        take_own = (own >= PAGE_SIZE // 4) | (before < 0)
+        begins = before < 0
+        take_own = (own >= PAGE_SIZE // 4) | begins
         if take_own | (fresh >= PAGE_SIZE // 2):
             first = tl.where(take_own, token, token - fresh)
             count = tl.where(take_own, own, fresh)
             address = k + (first + each)[:, None] * k_token + head * k_head + (column * k_coordinate)[None, :]
             inside = (each < count)[:, None] & (column < K.head_size)[None, :]
-            mean = _mean(tl.load(address, mask=inside, other=0.0).to(tl.float32), each < count, K)
+            keys = tl.load(address, mask=inside, other=0.0).to(tl.float32)
+            mean = _mean(keys, each < count, K)
+            if begins:
+                mean = _first(keys, each, each < count, mean, K)
             _write_rotated(mean, matrix, code_pages, scale_pages, (slot // PAGE_SIZE * heads + head) * PAGE_BYTES,
                            K, PAGE_BYTES, REFERENCE)  # fmt: skip
         else:
@@ -70,6 +74,27 @@ def _open(
             mean = _mean(keys, each < PAGE_SIZE - fresh, K)
             _write(mean, tl.max(tl.abs(mean), axis=0), column, code_pages, scale_pages,
                    (slot // PAGE_SIZE * heads + head) * PAGE_BYTES, K, PAGE_BYTES, REFERENCE)  # fmt: skip
+
+
+@triton.jit
+def _first(keys, each, counted, mean, K: tl.constexpr):
+    """Of a sequence's first keys ``[n, padded]`` the first where it stands apart and is short, else their mean."""
+    finite = counted & (tl.sum(keys * 0.0, axis=1) == 0.0)
+    sized = tl.where(finite[:, None], keys, 0.0)
+    sized /= tl.maximum(tl.max(tl.max(tl.abs(sized), axis=1), axis=0), 1e-30)
+    is_first, is_other = finite & (each == 0), finite & (each > 0)
+    count = tl.sum(is_other.to(tl.int32), axis=0).to(tl.float32)
+    centre = tl.sum(tl.where(is_other[:, None], sized, 0.0), axis=0) / tl.maximum(count, 1.0)
+    away = sized - centre[None, :]
+    distances, squares = tl.sum(away * away, axis=1), tl.sum(sized * sized, axis=1)
+    apart = tl.sum(tl.where(is_first, distances, 0.0), axis=0) * count >= 1.5 * tl.sum(
+        tl.where(is_other, distances, 0.0), axis=0
+    )
+    short = tl.sum(tl.where(is_first, squares, 0.0), axis=0) * count <= 4.0 * tl.sum(
+        tl.where(is_other, squares, 0.0), axis=0
+    )
+    good = (tl.sum(is_first.to(tl.int32), axis=0) > 0) & apart & short
+    return tl.where(good, tl.sum(tl.where((each == 0)[:, None], keys, 0.0), axis=0), mean)
 
 
 @triton.jit

@@ -75,27 +75,27 @@ def _store(
     slot = tl.where(kept, slot, 0)
     offset = (slot % PAGE_SIZE).to(tl.int32)
     tile = (slot // PAGE_SIZE * heads + head) * PAGE_BYTES + offset // TILE * TILE_BYTES
-    if tl.program_id(1) == 0:
+    if tl.program_id(1) == 0:  # names of their own in each branch: K's tensors may have another shape than V's
         if K.trellis:
             _store_encoded(k_codes, k_scales, row, rows, pages, tile, offset % TILE, kept, K)
         else:
-            y = _rotated(k + token * k_token + head * k_head, k_coordinate, k_terms, k_factor, kept, K_TERMS, K)
+            key = _rotated(k + token * k_token + head * k_head, k_coordinate, k_terms, k_factor, kept, K_TERMS, K)
             if REFERENCE >= 0:
                 page_byte = (slot // PAGE_SIZE * heads + head) * PAGE_BYTES
                 coordinate = tl.arange(0, K.padded)[None, :]
                 inside = kept[:, None] & (coordinate < K.head_size)
-                y -= reference_of(
+                key -= reference_of(
                     reference_pages, reference_scales, page_byte[:, None], coordinate, inside, PAGE_BYTES, REFERENCE
                 )
-            code, scale = _quantise(y, k_thresholds, k_levels, k_prescales, K_RULE, K_PRESCALES, K)
-            _write(pages, tile, offset % TILE, kept, code, scale, K)
+            k_code, k_scale = _quantise(key, k_thresholds, k_levels, k_prescales, K_RULE, K_PRESCALES, K)
+            _write(pages, tile, offset % TILE, kept, k_code, k_scale, K)
     else:
         if V.trellis:
             _store_encoded(v_codes, v_scales, row, rows, pages, tile, offset % TILE, kept, V)
         else:
-            y = _rotated(v + token * v_token + head * v_head, v_coordinate, v_terms, v_factor, kept, V_TERMS, V)
-            code, scale = _quantise(y, v_thresholds, v_levels, v_prescales, V_RULE, V_PRESCALES, V)
-            _write(pages, tile, offset % TILE, kept, code, scale, V)
+            value = _rotated(v + token * v_token + head * v_head, v_coordinate, v_terms, v_factor, kept, V_TERMS, V)
+            v_code, v_scale = _quantise(value, v_thresholds, v_levels, v_prescales, V_RULE, V_PRESCALES, V)
+            _write(pages, tile, offset % TILE, kept, v_code, v_scale, V)
 
 
 @triton.jit
