@@ -4,12 +4,14 @@
     python benchmarks/vllm_answers.py --text book.txt --default --json default.json
 
 With ``chunk=packed`` and ``VLLM_BATCH_INVARIANT=1`` a token's attention is a function of its position and of the bytes
-before it (docs/vllm.md), and vLLM's own layers do not depend on the batch: the answers have to be equal.
+before it (docs/vllm.md), and vLLM's own layers do not depend on the batch: the answers have to be equal. With
+``torch.compile`` vLLM's layers round otherwise than without it, so its answers are compared among themselves, with and
+without CUDA graphs.
 
 With ``--default`` neither is set, and what is compared is how far the cache moves the next-token distributions: the KL
-divergence from the same model with vLLM's own cache, over the tokens that both answers begin with and the first that
-differs, of the ``--logprobs`` likeliest tokens and the rest as one. Intervals (95 %) are bootstrapped over prompts, and
-so are those of a mode's difference from the first one.
+divergence from the same model with vLLM's own cache, over the tokens that all answers to a prompt begin with and the
+first that differs in one, of the ``--logprobs`` likeliest tokens and the rest as one. Intervals (95 %) are bootstrapped
+over prompts; those of the modes' differences from the first one hold for all modes at once (Bonferroni).
 
 Prompts are pieces of the text of 100 tokens to ``--longest``. Needs a GPU and vLLM 0.33; the model is SmolLM2 unless
 ``--model`` names a directory. Each way of serving has a process of its own; with ``--jobs`` several run at a time,
@@ -52,11 +54,14 @@ MODES: dict[str, dict[str, Any]] = {
             "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1,
         },
     },
-    "graphs": {},  # without them, or with, unlike the others
+    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, "enforce_eager": False},
+    "compiled": {"compilation_config": {"cudagraph_mode": "NONE"}, "enforce_eager": False},
+    "compiled, with graphs": {"enforce_eager": False},
     "2 GPUs": {"tensor_parallel_size": GPUS},
 }  # fmt: skip
-"""The first is what the others are compared with."""
 FIRST = "batched"
+"""What the others are compared with, but for:"""
+COMPARED_WITH = {"compiled, with graphs": "compiled", "compiled": "compiled"}
 LONGEST = 8192
 METRICS = ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens", "vllm:prefix_cache_hits")
 
@@ -80,12 +85,12 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: the answers of one mode, and the distributions of their tokens if asked for."""
     from vllm import LLM, SamplingParams
 
-    options = {"max_num_seqs": 64, "enable_prefix_caching": False} | MODES[job["mode"]]
+    options = {"max_num_seqs": 64, "enable_prefix_caching": False, "enforce_eager": True} | MODES[job["mode"]]
     ours = job["dtype"] != "auto"
     llm = LLM(
         model=job["model"], skip_tokenizer_init=True, dtype="bfloat16", seed=0, kv_cache_dtype=job["dtype"],
         max_model_len=LONGEST, disable_log_stats=False, max_logprobs=max(job["logprobs"] or 0, 20),
-        enforce_eager=job["eager"] != (job["mode"] == "graphs"), **options,
+        **options,
         # so many bytes, and no measurement of what is free, so that other engines may start meanwhile
         gpu_memory_utilization=0.05, kv_cache_memory_bytes=4 * 2**30,
         additional_config={"turboquant": {"chunk": "packed"}} if ours and not job["default"] else {},
@@ -126,20 +131,21 @@ def divergence(p: Distribution, q: Distribution) -> float:
     return sum(math.exp(p[t]) * (p[t] - q[t]) for t in shared) + rest_p * math.log(rest_p / rest_q)
 
 
-def divergences(exact: dict[str, Any], other: dict[str, Any]) -> list[float]:
-    """The mean of each prompt's, over the positions that have the same tokens before them."""
+def divergences(exact: dict[str, Any], other: dict[str, Any], positions: list[int]) -> list[float]:
+    """The mean of each prompt's, over so many first positions."""
     result = []
-    for n, same in enumerate(agreement(exact["tokens"], other["tokens"])):
-        pairs = zip(exact["distributions"][n][: same + 1], other["distributions"][n][: same + 1], strict=True)
+    for n, count in enumerate(positions):
+        pairs = zip(exact["distributions"][n][:count], other["distributions"][n][:count], strict=True)
         result.append(statistics.fmean(divergence(p, q) for p, q in pairs))
     return result
 
 
-def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
-    """Of the mean, 95 %, bootstrapped."""
+def interval(values: list[float], comparisons: int = 1, draws: int = 10_000) -> tuple[float, float]:
+    """Of the mean, 95 % for so many intervals at once, bootstrapped."""
     draw = random.Random(0)
     means = sorted(statistics.fmean(draw.choices(values, k=len(values))) for _ in range(draws))
-    return means[draws * 25 // 1000], means[draws * 975 // 1000]
+    outside = round(draws * 0.025 / comparisons)
+    return means[outside], means[-1 - outside]
 
 
 def _unmet(mode: str, its: dict[str, Any]) -> str:
@@ -149,15 +155,20 @@ def _unmet(mode: str, its: dict[str, Any]) -> str:
 
 
 def compare_answers(answers: dict[str, dict[str, Any]], new: int) -> list[dict[str, Any]]:
-    """A row of every mode: how many answers are those of the first."""
+    """A row of every mode: how many answers are those of the mode that it is compared with."""
     rows = []
     for mode, its in answers.items():
-        same = agreement(answers[FIRST]["tokens"], its["tokens"])
-        row = {"mode": mode, "equal": sum(n == new for n in same), "of": len(same), "same_tokens": same}
+        other = COMPARED_WITH.get(mode, FIRST)
+        if other not in answers:
+            print(f"{mode:>21}: cannot be compared, as {other!r} was not run, or failed")
+            continue
+        same = agreement(answers[other]["tokens"], its["tokens"])
+        row = {"mode": mode, "compared_with": other, "equal": sum(n == new for n in same), "of": len(same)}
+        row["same_tokens"] = same
         rows.append(row | its["metrics"])
         print(
-            f"{mode:>12}: {row['equal']} of {len(same)} answers are equal, for {statistics.fmean(same):.1f} tokens"
-            f"{_unmet(mode, its)}"
+            f"{mode:>21}: {row['equal']} of {len(same)} answers are those of {other!r}, equal for "
+            f"{statistics.fmean(same):.1f} tokens{_unmet(mode, its)}"
         )
     return rows
 
@@ -165,16 +176,20 @@ def compare_answers(answers: dict[str, dict[str, Any]], new: int) -> list[dict[s
 def compare_divergences(exact: dict[str, Any], answers: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A row of every mode: how far from the exact cache, and how much further than the first."""
     rows = []
-    first = divergences(exact, answers[FIRST])
+    new = len(exact["tokens"][0])
+    agree = zip(*(agreement(exact["tokens"], its["tokens"]) for its in answers.values()), strict=True)
+    positions = [min(*counts, new - 1) + 1 for counts in agree]
+    first = divergences(exact, answers[FIRST], positions)
+    print(f"{sum(positions)} positions of {len(positions)} prompts")
     for mode, its in answers.items():
-        values = divergences(exact, its)
+        values = divergences(exact, its, positions)
         further = [x - y for x, y in zip(values, first, strict=True)]
         kl, between = statistics.fmean(values), interval(values)
-        more, (low, high) = statistics.fmean(further), interval(further)
+        more, (low, high) = statistics.fmean(further), interval(further, max(len(answers) - 1, 1))
         row = {"mode": mode, "kl": kl, "kl_interval": between, "further": more, "further_interval": (low, high)}
-        rows.append(row | {"kl_of_prompts": values} | its["metrics"])
+        rows.append(row | {"kl_of_prompts": values, "positions": positions} | its["metrics"])
         print(
-            f"{mode:>12}: KL {kl:.5f} [{between[0]:.5f}, {between[1]:.5f}], further than {FIRST} by {more:+.5f} "
+            f"{mode:>21}: KL {kl:.5f} [{between[0]:.5f}, {between[1]:.5f}], further than {FIRST} by {more:+.5f} "
             f"[{low:+.5f}, {high:+.5f}]{'' if low <= 0 <= high else '  DIFFERS'}{_unmet(mode, its)}"
         )
     return rows
@@ -211,9 +226,6 @@ def main() -> None:
     parser.add_argument(
         "--modes", nargs="+", choices=list(MODES), default=[m for m in MODES if m != "2 GPUs"], help="(all on one GPU)"
     )
-    parser.add_argument(
-        "--eager", action="store_true", help="CUDA graphs in the mode 'graphs' alone, not in all others"
-    )
     parser.add_argument("--default", action="store_true", help="neither chunk=packed nor VLLM_BATCH_INVARIANT: KL")
     parser.add_argument("--logprobs", type=int, default=64, help="likeliest tokens, with --default")
     parser.add_argument("--jobs", type=int, default=1, help="engines at a time")
@@ -234,10 +246,11 @@ def main() -> None:
     folder = Path(args.model) if args.model else smollm2_folder(lambda text: print(text, file=sys.stderr))
     prompts = prompts_of(args.text.read_text(encoding="utf-8"), folder, args.prompts, args.longest)
     job = {
-        "prompts": prompts, "new": args.new, "default": args.default, "eager": args.eager,
+        "prompts": prompts, "new": args.new, "default": args.default,
         "logprobs": args.logprobs if args.default else None,
     }  # fmt: skip
     modes = list(dict.fromkeys([FIRST, *args.modes]))
+    modes += [other for mode, other in COMPARED_WITH.items() if mode in modes and other not in modes]
     wanted = [("auto", FIRST)] * args.default + [(args.dtype, mode) for mode in modes]
     import torch
 
@@ -264,7 +277,7 @@ def main() -> None:
             "dtype": args.dtype,
             "prompts": [len(p) for p in prompts],
             "heads_of_zeros": served != folder,
-        } | {key: job[key] for key in ("new", "default", "eager", "logprobs")}
+        } | {key: job[key] for key in ("new", "default", "logprobs")}
         result = head | {"environment": environment_of_gpu(None), "settings": settings, "modes": rows, "failed": failed}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if failed:

@@ -42,13 +42,32 @@ def test_divergences_end_with_the_first_token_that_differs() -> None:
     assert answers.divergence(p, p) == 0
     exact = {"tokens": [[1, 2, 3], [4, 5, 6]], "distributions": [[p, p, p], [p, p, p]]}
     other = {"tokens": [[1, 9, 9], [4, 5, 6]], "distributions": [[p, q, q], [q, q, q]]}
-    assert answers.divergences(exact, other) == pytest.approx([want / 2, want])
+    assert answers.divergences(exact, other, [2, 3]) == pytest.approx([want / 2, want])
     low, high = answers.interval([0.0, 1.0] * 50)
     assert 0.35 < low < 0.45
     assert 0.55 < high < 0.65
-    rows = answers.compare_divergences(exact, {"batched": exact | {"metrics": {}}, "alone": other | {"metrics": {}}})
-    assert [row["kl"] for row in rows] == pytest.approx([0, 0.75 * want])
+    third = {"tokens": [[1, 2, 3], [4, 9, 9]], "distributions": [[q, q, q], [p, p, q]], "metrics": {"x": 1}}
+    served = {
+        mode: its | {"metrics": {"vllm:prefix_cache_hits": 1, "vllm:num_preemptions": 1}}
+        for mode, its in (("batched", exact), ("alone", other), ("in chunks", third))
+    }
+    rows = answers.compare_divergences(exact, served)
+    assert rows[0]["positions"] == [2, 2], "up to the first difference in any answer"
+    assert [row["kl"] for row in rows] == pytest.approx([0, 0.75 * want, 0.5 * want])
     assert rows[1]["further"] == pytest.approx(0.75 * want)
+    wide, narrow = answers.interval([0.0, 1.0] * 50, comparisons=8), answers.interval([0.0, 1.0] * 50)
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_compiled_answers_are_compared_among_themselves(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = script("vllm_answers")
+    plain, other = ({"tokens": [[1, 2], [3, last]], "metrics": {}} for last in (4, 9))
+    made = {"batched": plain, "compiled": other, "compiled, with graphs": plain}
+    rows = answers.compare_answers(made, 2)
+    assert [(row["compared_with"], row["equal"]) for row in rows] == [("batched", 2), ("compiled", 2), ("compiled", 1)]
+    del made["compiled"]
+    assert len(answers.compare_answers(made, 2)) == 1
+    assert "cannot be compared, as 'compiled' was not run" in capsys.readouterr().out
 
 
 def test_prompts_are_pieces_of_the_text_that_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
