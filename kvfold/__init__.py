@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "KVFormat": "kvfold.formats",
+    "ModelFormat": "kvfold.layerformats",
     "PageLayout": "kvfold.layout",
     "PagedKVCache": "kvfold.cache",
     "KVCache": "kvfold.integrations.transformers",
@@ -23,6 +24,7 @@ _HOMES = {
 __all__ = [
     "KVCache",
     "KVFormat",
+    "ModelFormat",
     "PageLayout",
     "PagedKVCache",
     "__version__",
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from kvfold.cache import PagedKVCache
     from kvfold.formats import KVFormat
     from kvfold.integrations.transformers import KVCache, attach, detach
+    from kvfold.layerformats import ModelFormat
     from kvfold.layout import PageLayout
 
 

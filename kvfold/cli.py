@@ -1,5 +1,5 @@
-"""The command line: ``kvfold formats``, ``plan``, ``generate``, ``compare``, ``fidelity``, ``needle``,
-``storage``, ``bench`` and ``report`` (docs/cli.md).
+"""The command line: ``kvfold formats``, ``plan``, ``generate``, ``compare``, ``fidelity``, ``tune``,
+``needle``, ``storage``, ``bench`` and ``report`` (docs/cli.md).
 
 Exit codes: 0 done, 1 it failed, 2 wrong usage or input. An error is one line on stderr with the reason and the way out;
 results go to stdout, so that ``--json`` can be piped.
@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "let a model answer a prompt on a compressed cache",
     "compare": "the same answer on the ordinary and on a compressed cache: text, speed, bytes",
     "fidelity": "how far a compressed cache moves a model's predictions: KL divergence, perplexity",
+    "tune": "widths for K and V, layer by layer, that lose least under a budget of bits",
     "needle": "whether a model still finds a fact in a long text on a compressed cache: depth by length",
     "storage": "the bytes that a cache really holds, format by format, beside the planner's figure",
     "bench": "the kernels of a CUDA device beside what else there is, in one run",

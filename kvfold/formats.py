@@ -167,7 +167,7 @@ class KVFormat:
                 raise FormatError(f"{name} is a number of tokens from 0, not {count!r}")
 
     @staticmethod
-    def parse(spec: str | float | Mapping[str, object] | KVFormat) -> KVFormat:
+    def parse(spec: FormatSpec) -> KVFormat:
         """Understand a format however it is written: a name, a number of bits, a JSON object or a format.
 
         Raises:
@@ -219,6 +219,10 @@ class KVFormat:
     def exact_bytes(self, head_size: int, head_size_v: int | None = None, itemsize: int = 2) -> int:
         """Bytes per sequence and KV head of the exact sinks and tail, kept beside the pages in the model's dtype."""
         return (self.sinks + self.tail) * (head_size + (head_size_v or head_size)) * itemsize
+
+
+FormatSpec = str | float | Mapping[str, object] | KVFormat
+"""A format in any spelling that :meth:`KVFormat.parse` understands."""
 
 
 def check_page_size(page_size: int) -> int:

@@ -16,9 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvfold.errors import FormatError, UnsupportedModelError
-from kvfold.modelshape import FULL, LINEAR, SHARED, SLIDING, LayerGroup, ModelShape, PlanError
+from kvfold.modelshape import FULL, LINEAR, MAX_LAYERS, SHARED, SLIDING, LayerGroup, ModelShape, PlanError
 
-MAX_LAYERS = 10_000  # a sanity check: a mistyped count shall not fill the memory
 _BY_HAND = "give the shape by hand instead: --layers, --kv-heads and --head-size, or ModelShape.uniform"
 _NESTED = ("text_config", "thinker_config", "llm_config", "language_config")
 _INHERITED = ("model_type", "dtype", "torch_dtype", "is_encoder_decoder")
@@ -128,10 +127,12 @@ def read_shape(source: Mapping[str, object] | str | os.PathLike[str]) -> ModelSh
     config = whole.text_part()
     if config.get("is_encoder_decoder"):
         raise UnsupportedModelError(f"{config.where}: the cross-attention of encoder-decoder models is not planned")
-    try:  # a Counter keeps the order in which its keys came
-        groups = Counter(_layer(config.layer(index, kind), kind) for index, kind in enumerate(_kinds(config)))
+    try:
+        layers = [_layer(config.layer(index, kind), kind) for index, kind in enumerate(_kinds(config))]
     except FormatError as error:  # a head size that does not exist
         raise PlanError(f"{config.where}: {error}") from None
+    groups = Counter(layers)  # which keeps the order in which its keys came
+    place = {group: number for number, group in enumerate(groups)}
     itemsize, notes = _itemsize(config)
     if config.get("index_head_dim"):
         notes += ("the keys of the sparse-attention indexer (index_head_dim) are not counted",)
@@ -144,6 +145,7 @@ def read_shape(source: Mapping[str, object] | str | os.PathLike[str]) -> ModelSh
         name=name or str(config.get("_name_or_path", "model_type") or "model"),
         max_positions=positions if isinstance(positions, int) else None,
         notes=notes,
+        order=tuple(place[layer] for layer in layers),
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from kvfold.errors import PlanError
 from kvfold.formats import check_head_size
@@ -12,6 +14,8 @@ from kvfold.formats import check_head_size
 FULL, SLIDING, LINEAR, SHARED = "full", "sliding", "linear", "shared"
 KINDS = (FULL, SLIDING, LINEAR, SHARED)
 """Attention to every token; to the last ``window``; no keys and values per token; another layer's cache."""
+MAX_LAYERS = 10_000
+"""Layers of a model at most. A sanity check: a mistyped count shall not fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class ModelShape:
         name: What the model is called in messages.
         max_positions: Longest sequence the model was made for, in tokens, if known.
         notes: What had to be assumed or is not counted.
+        order: For each layer of the model the place of its group in ``groups``; empty where the layers of a group
+            follow each other, group after group.
+
+    Raises:
+        PlanError: ``order`` has another number of layers than the groups.
     """
 
     groups: tuple[LayerGroup, ...]
@@ -75,6 +84,28 @@ class ModelShape:
     name: str = ""
     max_positions: int | None = None
     notes: tuple[str, ...] = ()
+    order: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = {place: group.layers for place, group in enumerate(self.groups)}
+        if self.order and Counter(self.order) != counts:
+            raise PlanError(f"order has {dict(Counter(self.order))} layers of the groups, which have {counts}")
+        if list(self.order) == self._one_after_the_other:  # shapes that say the same are equal
+            object.__setattr__(self, "order", ())
+
+    @property
+    def _one_after_the_other(self) -> list[int]:
+        return [place for place, group in enumerate(self.groups) for _ in range(group.layers)]
+
+    @cached_property
+    def layers(self) -> tuple[LayerGroup, ...]:
+        """For each layer of the model, from the first to the last, the group that it belongs to."""
+        return tuple(self.groups[place] for place in self.order or self._one_after_the_other)
+
+    @cached_property
+    def compressed_layers(self) -> dict[int, LayerGroup]:
+        """The layers that a format applies to, by their place in the model, each with its group."""
+        return {index: group for index, group in enumerate(self.layers) if group.kind == FULL}
 
     @property
     def compressed(self) -> tuple[LayerGroup, ...]:

@@ -1,28 +1,27 @@
 """How much memory a model's KV cache takes in a format, and how much context fits into a given memory.
 
-Every figure comes from :meth:`KVFormat.page_bytes <kvfold.formats.KVFormat.page_bytes>` and
-:meth:`KVFormat.exact_bytes <kvfold.formats.KVFormat.exact_bytes>`, from which pages are allocated too, so that a plan
-and an allocation agree to the byte. Pure Python, no torch.
+Every figure comes from :mod:`kvfold.layerformats`, which adds up what :meth:`KVFormat.page_bytes
+<kvfold.formats.KVFormat.page_bytes>` and :meth:`KVFormat.exact_bytes <kvfold.formats.KVFormat.exact_bytes>` say of each
+layer. From these pages are allocated too, so that a plan and an allocation agree to the byte. Pure Python, no torch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from fractions import Fraction
 
 from kvfold.errors import UnsupportedModelError
-from kvfold.formats import KVFormat, check_heads, check_page_size
+from kvfold.formats import FormatSpec, check_page_size
+from kvfold.layerformats import ModelFormat, ModelFormatSpec
 from kvfold.modelshape import FULL, KINDS, LINEAR, SHARED, SLIDING, LayerGroup, ModelShape, PlanError, positive
 
 __all__ = [
     "BASELINES", "DEFAULT_FORMATS", "FULL", "KINDS", "LINEAR", "SHARED", "SLIDING",
-    "LayerGroup", "ModelShape", "PlanError", "PlanRow", "cache_bytes", "parse_memory", "plan",
+    "FormatSpec", "LayerGroup", "ModelShape", "PlanError", "PlanRow",
+    "cache_bytes", "compressed_bytes", "parse_memory", "plan", "window_bytes",
 ]  # fmt: skip
-
-FormatSpec = str | float | Mapping[str, object] | KVFormat
-"""A format in any spelling that :meth:`KVFormat.parse` understands."""
 
 BASELINES = ("bf16", "fp8")
 DEFAULT_FORMATS = ("k8v4", "k4v4", "k4v2", "k3v3", "k2v2")
@@ -45,7 +44,7 @@ class PlanRow:
         uncompressed: Those layers, in words.
     """
 
-    format: KVFormat
+    format: ModelFormat
     bytes_per_token: float
     bits_per_element: float | None
     tokens: int | None
@@ -56,12 +55,13 @@ class PlanRow:
     uncompressed: tuple[str, ...]
 
 
-def cache_bytes(shape: ModelShape, format: FormatSpec, tokens: int, page_size: int = 64, sequences: int = 1) -> int:
-    """Bytes of the whole KV cache.
+def cache_bytes(
+    shape: ModelShape, format: ModelFormatSpec, tokens: int, page_size: int = 64, sequences: int = 1
+) -> int:
+    """Bytes of the whole KV cache: :func:`compressed_bytes` and :func:`window_bytes` of some sequences.
 
-    Layers of full attention hold their tokens in whole pages, and beside them the exact sinks and tail of the format.
-    Sliding layers are not compressed: they hold the last ``window`` tokens in the model's dtype. Layers that use
-    another layer's cache hold nothing; nor do linear ones: their recurrent states are constant in size and not counted.
+    Layers that use another layer's cache hold nothing; nor do linear ones: their recurrent states are constant in size
+    and not counted.
 
     Args:
         shape: The model.
@@ -72,30 +72,39 @@ def cache_bytes(shape: ModelShape, format: FormatSpec, tokens: int, page_size: i
 
     Raises:
         NotBuiltError: The format needs something that is not built yet.
-        FormatError: The format or page size does not exist, or the heads are too small for the format.
+        FormatError: The format or page size does not exist, the heads are too small for the format, or it names layers
+            that the model does not have or does not compress.
         PlanError: ``tokens`` or ``sequences`` is not a whole number from 0.
     """
-    fmt = KVFormat.parse(format)
+    whole = compressed_bytes(shape, format, tokens, page_size) + window_bytes(shape, tokens)
+    return _count(sequences, "sequences") * whole
+
+
+def compressed_bytes(shape: ModelShape, format: ModelFormatSpec, tokens: int, page_size: int = 64) -> int:
+    """Bytes of the compressed layers, one sequence: tokens in whole pages, and beside them the exact sinks and tail.
+
+    Arguments and errors as :func:`cache_bytes`.
+    """
     pages = -(-_count(tokens, "tokens") // check_page_size(page_size))
-    total = 0
-    for group in shape.groups:
-        per_head = 0
-        if group.kind == FULL:
-            check_heads(fmt, group.head_size, group.head_size_v)
-            per_head = pages * fmt.page_bytes(page_size, group.head_size, group.head_size_v)
-            per_head += fmt.exact_bytes(group.head_size, group.head_size_v, shape.itemsize)
-        elif group.kind == SLIDING:
-            window = replace(fmt, sinks=0, tail=min(tokens, group.window))  # to keep a window is to keep an exact tail
-            per_head = window.exact_bytes(group.head_size, group.head_size_v, shape.itemsize)
-        total += group.layers * group.num_kv_heads * per_head
-    return _count(sequences, "sequences") * total
+    fmt, layers = _format(shape, format), shape.compressed_layers
+    return pages * fmt.page_bytes(layers, page_size) + fmt.exact_bytes(layers, shape.itemsize)
+
+
+def window_bytes(shape: ModelShape, tokens: int) -> int:
+    """Bytes of the sliding layers, one sequence. They are not compressed: the last ``window`` tokens in the model's
+    dtype."""
+    sliding = [group for group in shape.groups if group.kind == SLIDING]
+    return shape.itemsize * sum(
+        group.layers * group.num_kv_heads * min(tokens, group.window) * (group.head_size + group.head_size_v)
+        for group in sliding
+    )
 
 
 def plan(
     shape: ModelShape,
     memory_bytes: int,
     context: int,
-    formats: Iterable[FormatSpec] | None = None,
+    formats: Iterable[ModelFormatSpec] | None = None,
     page_size: int = 64,
 ) -> list[PlanRow]:
     """What fits into a memory, format by format, always beside bf16 and fp8.
@@ -109,7 +118,8 @@ def plan(
 
     Raises:
         NotBuiltError: A format needs something that is not built yet.
-        FormatError: A format or page size does not exist, or the heads are too small for a format.
+        FormatError: A format or page size does not exist, the heads are too small for a format, or it names layers that
+            the model does not have or does not compress.
         PlanError: The memory or the context is not a positive whole number.
         UnsupportedModelError: No layer of the model keeps keys and values per token.
     """
@@ -117,17 +127,17 @@ def plan(
     positive(context, "tokens of context")
     if not any(group.kind in (FULL, SLIDING) for group in shape.groups):
         raise UnsupportedModelError(f"{shape.name or 'this model'} has no layer with keys and values: nothing to plan")
-    parsed = [KVFormat.parse(spec) for spec in (*BASELINES, *(DEFAULT_FORMATS if formats is None else formats))]
+    check_page_size(page_size)
+    specs = (*BASELINES, *(DEFAULT_FORMATS if formats is None else formats))
     rows: list[PlanRow] = []
-    for fmt in dict.fromkeys(parsed):
+    for fmt in dict.fromkeys(_format(shape, spec) for spec in specs):
         tokens = _tokens_that_fit(shape, fmt, memory_bytes, page_size)
         bf16_tokens = rows[0].tokens if rows else tokens
-        page_bytes = _paged(shape, fmt, page_size)
-        elements = sum(_vectors(group) * (group.head_size + group.head_size_v) for group in shape.compressed)
+        page_bytes = fmt.page_bytes(shape.compressed_layers, page_size)
         row = PlanRow(
             format=fmt,
             bytes_per_token=page_bytes / page_size if page_bytes % page_size else page_bytes // page_size,
-            bits_per_element=8 * page_bytes / page_size / elements if elements else None,
+            bits_per_element=fmt.bits_per_element(shape.compressed_layers, page_size),
             tokens=tokens,
             requests=memory_bytes // cache_bytes(shape, fmt, context, page_size),
             ratio=tokens / bf16_tokens if tokens is not None and bf16_tokens else None,
@@ -139,21 +149,15 @@ def plan(
     return rows
 
 
-def _vectors(group: LayerGroup) -> int:
-    return group.layers * group.num_kv_heads
+def _format(shape: ModelShape, spec: ModelFormatSpec) -> ModelFormat:
+    """The format, if the layers that it names are compressed layers of the model."""
+    return ModelFormat.parse(spec).require_built().require_layers(len(shape.layers), shape.compressed_layers)
 
 
-def _paged(shape: ModelShape, fmt: KVFormat, page_size: int) -> int:
-    """Bytes of a page of all compressed layers."""
-    return sum(
-        _vectors(group) * fmt.page_bytes(page_size, group.head_size, group.head_size_v) for group in shape.compressed
-    )
-
-
-def _tokens_that_fit(shape: ModelShape, fmt: KVFormat, memory: int, page_size: int) -> int | None:
+def _tokens_that_fit(shape: ModelShape, fmt: ModelFormat, memory: int, page_size: int) -> int | None:
     """The most tokens of one sequence, in whole pages; None if memory never gets full."""
     if shape.compressed:
-        too_many = memory // _paged(shape, fmt, page_size) + 1
+        too_many = memory // fmt.page_bytes(shape.compressed_layers, page_size) + 1
     else:
         too_many = max(group.window for group in shape.groups) // page_size + 1  # from here on nothing grows
         if cache_bytes(shape, fmt, too_many * page_size, page_size) <= memory:

@@ -192,9 +192,19 @@ def _unknown(text: str) -> FormatError:
     return FormatError(f"unknown format {text!r}{hint}")
 
 
+def _names_layers(spec: object) -> FormatError:
+    return FormatError(
+        f"{spec!r} has formats of single layers, and this takes one format for all: write a format like k4v4. Formats "
+        "of single layers go where the cache of a whole model is made or planned: kvfold.KVCache, kvfold plan, "
+        "generate, compare, fidelity, needle, storage, and vLLM's --additional-config"
+    )
+
+
 @lru_cache(maxsize=1024)
 def _parse_text(raw: str) -> KVFormat:
     text = raw.strip().lower()
+    if "@" in text:
+        raise _names_layers(raw)
     for prefix in ("kvfold_", "kvfold:"):
         text = text.removeprefix(prefix)
     head, plus, options = text.partition("+")
@@ -220,6 +230,8 @@ _ONLY |= dict.fromkeys(("outlier_channels", "outlier_fraction"), (0, "outlier ch
 def _parse_object(spec: Mapping[str, object]) -> KVFormat:
     """A JSON object: our own keys, or those of vllm-omni and vLLM #38280, or those of vllm-metal; not mixed."""
     known = (*_OWN_KEYS, *_METAL_KEYS, *_OMNI_KEYS)
+    if "base" in spec or "layers" in spec:
+        raise _names_layers(dict(spec))
     for key in spec:
         if key not in known:
             raise FormatError(f"unknown key {key!r} in format {dict(spec)!r}{_did_you_mean(str(key), list(known))}")
@@ -276,4 +288,6 @@ def parse(spec: str | float | Mapping[str, object] | KVFormat) -> KVFormat:
                 raise FormatError(f"format {spec!r} begins like JSON but is not: {error}") from None
             return _parse_object(value)
         return _parse_text(spec)
+    if type(spec).__name__ == "ModelFormat":  # whose module imports this one
+        raise _names_layers(str(spec))
     raise FormatError(f"a format is a name, a number of bits, an object or a KVFormat, not {type(spec).__name__}")

@@ -461,7 +461,7 @@ def test_running_out_of_memory_is_an_error_with_a_way_out(
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
 
-    monkeypatch.setattr(command, "_baseline", full)
+    monkeypatch.setattr(command, "baseline", full)
     result = kvfold("fidelity", "--model", model, "--text", text, *WINDOW, "--format", "k4v4")
     assert result.code == 1
     assert "Tried to allocate 2 GiB.; give a smaller --window-tokens, or --device cpu" in result.err
@@ -469,7 +469,7 @@ def test_running_out_of_memory_is_an_error_with_a_way_out(
 
 def test_values_that_are_not_finite_are_refused() -> None:
     with pytest.raises(KVFoldError, match=r"k4v4: window 2 .* not finite"):
-        command._require_finite(np.array([1.0, math.nan]), "k4v4", 1)
+        command.require_finite(np.array([1.0, math.nan]), "k4v4", 1)
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

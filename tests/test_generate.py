@@ -245,7 +245,7 @@ def test_compare_counts_layers_that_stay_as_they_are(kvfold: Any, model: Path, p
 
 
 def test_compare_fails_where_the_plan_is_wrong(kvfold: Any, model: Path, prompt: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(compare, "cache_bytes", lambda *args: 1)
+    monkeypatch.setattr(compare, "compressed_bytes", lambda *args: 1)
     result = kvfold("compare", "--model", model, "--prompt-file", prompt, "--max-new-tokens", 2)
     assert result.code == 1
     assert "NO" in result.out

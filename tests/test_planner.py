@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvfold import planner
 from kvfold.errors import FormatError, NotBuiltError, UnsupportedModelError
-from kvfold.formats import KVFormat
+from kvfold.layerformats import ModelFormat
 from kvfold.layout import PageLayout
 from kvfold.planner import LayerGroup, ModelShape, PlanError, cache_bytes, parse_memory, plan
 
@@ -162,7 +162,7 @@ def test_what_fits_fits(shape: ModelShape, format: str, memory: int, context: in
         with pytest.raises(UnsupportedModelError):
             plan(shape, memory, context)
         return
-    fmt = KVFormat.parse(format)
+    fmt = ModelFormat.parse(format)
     row = next(row for row in plan(shape, memory, context, [format], page_size) if row.format == fmt)
     assert cache_bytes(shape, fmt, context, page_size, row.requests) <= memory
     assert cache_bytes(shape, fmt, context, page_size, row.requests + 1) > memory

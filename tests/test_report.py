@@ -23,7 +23,7 @@ from kvfold.commands import fidelity, needle_report, storage
 from kvfold.eval.fidelity import FIRST_POSITION, Tokens
 from kvfold.eval.needle import Needle, Prompt, Score
 from kvfold.formats import KVFormat
-from kvfold.modelshape import FULL, LayerGroup
+from kvfold.modelshape import FULL, LayerGroup, ModelShape
 from kvfold.report import drawing, fidelity_figures, html, sources
 from kvfold.report import memory as memory_report
 from kvfold.report.document import Report, Section
@@ -104,7 +104,7 @@ def storage_file(wrong: int = 0, **settings: Any) -> Data:
                 storage.Row(name, tokens, tokens, part, 0, 0, 16 * (name != "none"), 0, part + wrong, part, plain)
             )
     about = {"model": "", "itemsize": 2, "device": "cpu", "page_size": 64, **settings}
-    return head("kvfold storage", settings=about, **storage.Result({GROUP: 1}, None, rows).json())
+    return head("kvfold storage", settings=about, **storage.Result({GROUP: 1}, None, rows).json(ModelShape((GROUP,))))
 
 
 def bench_file() -> Data:

@@ -15,6 +15,7 @@ from kvfold import KVCache, KVFormat, attach, detach
 from kvfold.errors import CapacityError, FormatError, NotBuiltError, ShapeError, UnsupportedModelError
 from kvfold.integrations.transformers import layers
 from kvfold.integrations.transformers.attention import LazyPackedKV, attention_forward
+from kvfold.layerformats import ModelFormat
 from kvfold.planner import ModelShape, cache_bytes
 
 STATIC = pytest.mark.parametrize("max_length", [None, 64], ids=["dynamic", "static"])
@@ -394,4 +395,4 @@ def test_sampling_and_an_assistant_model(llama, max_length: int | None) -> None:
 
 def test_for_model_takes_every_spelling(llama) -> None:  # type: ignore[no-untyped-def]
     for spelling in ("turboquant", 4, {"k": 4, "v": 4}, KVFormat.parse("k4v4")):
-        assert KVCache.for_model(llama, spelling).format == KVFormat.parse("k4v4")
+        assert KVCache.for_model(llama, spelling).format == ModelFormat.parse("k4v4")

@@ -184,6 +184,20 @@ def test_rows_in_any_order() -> None:
     served.step({a: 20, b: 1, c: 30, d: 1})
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_layers_of_several_formats(layer: int, additional: dict[str, Any]) -> None:
+    """A batch has metadata of its own for layers of each format, all with the same block table."""
+    asked = {"turboquant": {**additional["turboquant"], "format": "k3v3@1=k8v8@2=k4v2"}}
+    engine = Engine(config(additional=asked), num_blocks=32, layers=({}, {}, {}))
+    assert [len(group.layer_names) for group in engine.groups[0]] == [1, 1, 1]
+    served = Served(engine, layer)
+    one, other = served.add(150), served.add(90)
+    served.step({one: 100})
+    served.step({one: 1, other: 70})
+    served.step({one: 1, other: 1})
+    served.step({other: 19, one: 40})
+
+
 def test_a_prefix_hit_reads_what_another_stored(additional: dict[str, Any]) -> None:
     served = Served(Engine(config(additional=additional)))
     a = served.add(200)
@@ -524,7 +538,7 @@ def test_serving_compiles_nothing_that_the_warm_up_has_not(
             impl = engine.layers[0].impl
             impl_module._warm.clear()
             q, k, v = (torch.zeros(2048, heads, 128, dtype=engine.dtype) for heads in (8, 2, 2))
-            impl.warm_up(q, k, v, PageLayout.of(impl.settings.format, 128, page_size=64))
+            impl.warm_up(q, k, v, PageLayout.of(impl.format, 128, page_size=64))
             warm = set(kernels.asked)
             a, b, c = engine.add(), engine.add(), engine.add()
             for rows in (

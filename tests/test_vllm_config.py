@@ -21,10 +21,19 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWi
 from kvfold.errors import FormatError, NotBuiltError, ShapeError, UnsupportedModelError
 from kvfold.formats import KVFormat
 from kvfold.integrations.vllm import DTYPES, register
-from kvfold.integrations.vllm.backend import CompressedBackend, Slot, class_of, original, why_not_served
+from kvfold.integrations.vllm.backend import (
+    ByLayer,
+    CompressedBackend,
+    Slot,
+    class_of,
+    class_of_model,
+    original,
+    why_not_served,
+)
 from kvfold.integrations.vllm.impl import as_pages
 from kvfold.integrations.vllm.metadata import describe
 from kvfold.integrations.vllm.settings import EngineConfigError, Settings
+from kvfold.layerformats import ModelFormat
 from kvfold.layout import PageLayout
 from kvfold.modelshape import FULL, LayerGroup, ModelShape
 from kvfold.planner import cache_bytes, plan
@@ -164,6 +173,9 @@ def test_skipped_layers_get_another_backend() -> None:
         ({"turboquant": {"format": "k3v2+vplain"}}, "k3v2+vplain", "exact"),
         ({"turboquant": {"chunk": "packed"}}, "k4v4", "packed"),
         ({"turboquant": {"bit_width": 3, "seed": 42}}, "k3v3", "exact"),
+        ({"turboquant": "k3v3@0-1,5=k4v4"}, "k3v3@0-1,5=k4v4", "exact"),
+        ({"turboquant": {"format": "k3v3@7=k8v8", "chunk": "packed"}}, "k3v3@7=k8v8", "packed"),
+        ({"turboquant": {"format": {"base": "k3v3", "layers": {"0-1": "k4v4"}}}}, "k3v3@0-1=k4v4", "exact"),
         ({"something": {"else": 1}}, "k4v4", "exact"),
     ],
     ids=str,
@@ -175,8 +187,8 @@ def test_additional_config_says_format_and_chunk_rule(
     cfg = config(additional=additional, **where)
     settings = Settings.of(cfg)
     assert settings is not None
-    assert (settings.format, settings.chunk) == (KVFormat.parse(fmt), chunk)
-    assert choose(cfg).format == KVFormat.parse(fmt)
+    assert (settings.format, settings.chunk) == (ModelFormat.parse(fmt), chunk)
+    assert choose(cfg).formats == ModelFormat.parse(fmt)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +210,10 @@ def test_additional_config_says_format_and_chunk_rule(
         ({"turboquant": "k3qv3q"}, {}, NotBuiltError, "not built"),
         ({"turboquant": "k3v3+mean"}, {}, NotBuiltError, r"leave \+mean out"),
         ({"turboquant": "k3tv3t"}, {}, FormatError, "1 to 8 bits, and K is 3t"),
+        ({"turboquant": "k3v3@4=kf8vf8"}, {}, FormatError, "fp8 caches of its own"),
+        ({"turboquant": "k3v3@4=k4v4+sinks4"}, {}, NotBuiltError, "leave them out"),
+        ({"turboquant": "k3v3@4"}, {}, FormatError, "behind @ come layers"),
+        ({"turboquant": "k3v3@4=k4v4"}, {"dtype": "kvfold_k3v3"}, EngineConfigError, "k3v3@4=k4v4"),
     ],
     ids=str,
 )
@@ -361,7 +377,7 @@ def test_the_capacity_is_the_planners_to_the_page(name: str, memory: int) -> Non
     cache = stand_in.get_kv_cache_config_from_groups(engine.config, engine.kv_groups, memory)
     shape = ModelShape((LayerGroup(FULL, 36, 8, 128, 128),))
     fmt = DTYPES[name]
-    row = next(row for row in plan(shape, memory, 64, [fmt]) if row.format == KVFormat.parse(fmt))
+    row = next(row for row in plan(shape, memory, 64, [fmt]) if row.format == ModelFormat.parse(fmt))
     assert cache.num_blocks * 64 == row.tokens
     assert sum(tensor.size for tensor in cache.kv_cache_tensors[:1]) == cache_bytes(shape, fmt, row.tokens)
 
@@ -406,3 +422,94 @@ def test_blocks_that_vllm_pads_are_refused() -> None:
     engine = Engine(cfg, heads=32, kv_heads=8, head_size=128, block_size=None, num_blocks=8, layers=(window, {}))
     with pytest.raises(ShapeError, match="vLLM padded its blocks"):
         as_pages(engine.layers[1].kv_cache, 8, PageLayout.of("k4v4", 128))
+
+
+# --- formats of single layers -----------------------------------------------------------------------------------------
+
+BY_LAYER = "k3v3@0-1,30=k4v4@7=k8v8"
+
+
+def by_layer(spec: str = BY_LAYER, dtype: str = "turboquant", backend: str | None = None, **cache: Any) -> Any:
+    return config(dtype, backend, {"turboquant": {"format": spec}}, **cache)
+
+
+@pytest.mark.parametrize("where", [{}, {"dtype": "auto", "backend": "turboquant"}], ids=str)
+def test_each_layer_has_the_backend_of_its_format(where: dict[str, str]) -> None:
+    cfg = by_layer(**where)
+    assert issubclass(choose(cfg), ByLayer)
+    engine = Engine(cfg, heads=32, kv_heads=8, head_size=128, num_blocks=1, layers=({},) * 36)
+    fmt = ModelFormat.parse(BY_LAYER)
+    for index, (layer, spec) in enumerate(zip(engine.layers, engine.specs.values(), strict=True)):
+        own, backend = fmt.layer(index), layer.get_attn_backend()
+        assert backend is class_of(own, bool(where))
+        assert layer.impl.format == backend.format == own
+        assert spec.state_content_bytes == PageLayout.of(own, 128).token_bytes
+        assert as_pages(layer.kv_cache, 8, PageLayout.of(own, 128)).shape[0] == 1
+    assert describe(cfg) == "kvfold compresses 36 of 36 layers to k3v3, k4v4, k8v8; 0 stay as they are"
+
+
+@pytest.mark.parametrize("memory", [10 * 2**30, 10 * 2**30 + 12345, 3 * 2**20])
+@pytest.mark.parametrize("spec", [BY_LAYER, "k4v4@0=k2v2", "k4v2@0-17=k3v3"])
+def test_the_capacity_of_several_formats_is_the_planners_to_the_page(spec: str, memory: int) -> None:
+    """Different bytes in one group of one block table; the last has equal bytes everywhere."""
+    engine = Engine(by_layer(spec), heads=32, kv_heads=8, head_size=128, num_blocks=1, layers=({},) * 36)
+    (group,) = engine.kv_groups
+    assert len(group.layer_names) == 36
+    cache = stand_in.get_kv_cache_config_from_groups(engine.config, engine.kv_groups, memory)
+    shape = ModelShape.uniform(36, 8, 128)
+    row = plan(shape, memory, 64, [spec])[-1]
+    assert row.format == ModelFormat.parse(spec)
+    assert cache.num_blocks * 64 == row.tokens
+    assert cache.kv_cache_tensors[0].size == cache_bytes(shape, spec, row.tokens)
+    assert sorted(name for tensor in cache.kv_cache_tensors for name in tensor.layers) == sorted(group.layer_names)
+
+
+def test_layers_of_several_formats_beside_skipped_ones() -> None:
+    cfg = by_layer("k3v3@1=k8v8", kv_cache_dtype_skip_layers=["0", "35"])
+    engine = Engine(cfg, heads=32, kv_heads=8, head_size=128, num_blocks=1, layers=({},) * 36)
+    sizes = [spec.state_content_size_bytes for spec in engine.specs.values()]
+    assert sizes == [512, 260, *[100] * 33, 512]
+    cache = stand_in.get_kv_cache_config_from_groups(cfg, engine.kv_groups, 2**30)
+    assert cache.num_blocks == 2**30 // (64 * 8 * sum(sizes))
+
+
+def test_layers_that_share_a_cache_are_refused() -> None:
+    """vLLM looks for a spec of theirs among those of the group, where there is none."""
+    shares = {"kv_sharing_target_layer_name": "model.layers.0.attn"}
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.2\.attn shares .* use one format for all layers"):
+        Engine(by_layer("k3v3@0=k4v4@1=k8v8"), layers=({}, {}, shares))
+    assert len(Engine(by_layer("k3v3"), layers=({}, {}, shares)).layers) == 3
+
+
+def test_layers_that_are_not_there_or_not_compressed_are_refused() -> None:
+    cfg = by_layer("k3v3@36=k4v4")
+    object.__setattr__(cfg, "model_config", SimpleNamespace(hf_text_config=SimpleNamespace(num_hidden_layers=36)))
+    with pytest.raises(FormatError, match="layers 0 to 35, and no layer 36"):
+        Settings.of(cfg)
+    cfg = by_layer(kv_cache_dtype_skip_layers=["1", "2"])
+    with pytest.raises(EngineConfigError, match="formats for layers 1, and --kv-cache-dtype-skip-layers"):
+        choose(cfg)
+    cfg = by_layer(kv_cache_dtype_skip_layers=["sliding_window"])
+    with pytest.raises(EngineConfigError, match="use one format for all layers"):
+        choose(cfg)
+    with pytest.raises(ValueError, match="up to 256 coordinates"):
+        choose(by_layer(), head_size=320)
+
+
+def test_layers_that_were_never_told_apart_are_refused() -> None:
+    backend = class_of_model(ModelFormat.parse(BY_LAYER))
+    spec = FullAttentionSpec(
+        block_size=64, num_kv_heads=8, head_size=128, dtype=torch.uint8, kv_quant_mode=KVQuantMode.CUSTOM
+    )
+    with pytest.raises(EngineConfigError, match="use one format for all layers"):
+        backend.customize_spec(spec)
+    skipped = FullAttentionSpec(block_size=64, num_kv_heads=8, head_size=128, dtype=torch.bfloat16)
+    assert backend.customize_spec(skipped) == skipped
+
+
+def test_a_class_for_each_way_to_store_a_model() -> None:
+    one, other = (class_of_model(ModelFormat.parse(spec)) for spec in ("k3v3@0-2=k4v4", "k3v3@0,2=k4v4"))
+    assert one is not other
+    assert one is class_of_model(ModelFormat.parse("k3v3@0,1,2=k4v4"))
+    assert class_of_model(ModelFormat.parse("k3v3")) is class_of(KVFormat.parse("k3v3"))
+    assert one.full_cls_name() == (ByLayer.__module__, one.__name__)

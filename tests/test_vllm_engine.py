@@ -132,3 +132,21 @@ def test_eight_bits_are_the_model_itself(model: Path) -> None:
         for token, logprob in one["logprobs"][0].items():
             assert abs(wanted[int(token)] - logprob) < 0.25
         assert one["tokens"] == [int(wanted.argmax())]
+
+
+def test_layers_have_formats_of_their_own(model: Path) -> None:
+    """Every way to serve gives the same tokens, others than with one format; and the capacity is the planner's."""
+    from kvfold.planner import ModelShape, cache_bytes
+
+    spec = "k2v3@1=k8v8@2=k4v3"
+    options = {"additional_config": {"turboquant": {"format": spec, "chunk": "packed"}}}
+    answer = serve(model, [PROMPTS], **options)
+    in_pieces = serve(
+        model, [PROMPTS, PROMPTS], max_num_batched_tokens=48, max_num_seqs=4, enable_prefix_caching=True, **options
+    )
+    assert tokens(in_pieces) == tokens(in_pieces, 1) == tokens(answer)
+    assert [one["cached"] for one in in_pieces["rounds"][1]] == [0, 192, 128]
+    uniform = serve(model, [PROMPTS], additional_config={"turboquant": {"format": "k2v3", "chunk": "packed"}})
+    assert tokens(answer) != tokens(uniform)
+    shape, blocks = ModelShape.uniform(3, 2, 64), answer["blocks"]
+    assert cache_bytes(shape, spec, 64 * blocks) <= 2**22 < cache_bytes(shape, spec, 64 * (blocks + 1))

@@ -132,6 +132,9 @@ class Engine:
                 )
                 for i, options in enumerate(layers)
             ]  # fmt: skip
+        for layer in self.layers:  # as a model loader does when the weights are there, and not while the model is built
+            layer.process_weights_after_loading(dtype)
+        with current(cfg, dtype):
             if block_size is None:
                 Hopper.update_block_size_for_backend(cfg)
             self.block_size = cfg.cache_config.block_size

@@ -27,8 +27,8 @@ from kvfold.commands.measure import (
     read_prompt,
     say,
 )
-from kvfold.formats import KVFormat
-from kvfold.planner import ModelShape, cache_bytes
+from kvfold.layerformats import ModelFormat
+from kvfold.planner import ModelShape, compressed_bytes
 
 EPILOG = """\
 JSON (--json): model, dtype, environment, chunk, page_size, prompt_tokens, max_new_tokens, rows [{format, cache, text,
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    formats = list(dict.fromkeys(KVFormat.parse(spec).require_built() for spec in args.format or ["k4v4"]))
+    formats = list(dict.fromkeys(ModelFormat.parse(spec).require_built() for spec in args.format or ["k4v4"]))
     prompt = _prompt(args.prompt_file)
     with quiet_transformers():
         subject = load_subject(args.model)
@@ -98,11 +98,11 @@ def _prompt(path: Path | None) -> str:
     return f"{read_prompt(TEXT)}\n{TASK}"
 
 
-def _measure(args: argparse.Namespace, subject: Subject, formats: list[KVFormat], prompt: str) -> list[Row]:
+def _measure(args: argparse.Namespace, subject: Subject, formats: list[ModelFormat], prompt: str) -> list[Row]:
     inputs = subject.encode(prompt, chat=not args.no_chat_template)
     config = subject.model.config.get_text_config(decoder=True).to_dict()
     shape = replace(ModelShape.from_config(config), itemsize=subject.model.dtype.itemsize)
-    caches: list[KVFormat | None] = [None, *formats]
+    caches: list[ModelFormat | None] = [None, *formats]
 
     say("warming up: the first tokens compile the CPU kernels, which takes a while and is not measured")
     short = {name: tensor[:, : args.page_size] for name, tensor in inputs.items()}
@@ -121,8 +121,7 @@ def _measure(args: argparse.Namespace, subject: Subject, formats: list[KVFormat]
         planned = None
         if fmt is not None:
             # the planner counts a window whole; live windows are those of transformers and not compressed
-            packed = replace(shape, groups=shape.compressed)
-            planned = cache_bytes(packed, fmt, given.capacity, args.page_size)
+            planned = compressed_bytes(shape, fmt, given.capacity, args.page_size)
         ordinary = rows[0].given if rows else given
         ratio = ordinary.bytes / given.bytes
         same = None if fmt is None else same_tokens(ordinary.tokens, given.tokens)

@@ -13,6 +13,7 @@ from kvfold import __version__
 from kvfold.commands import UsageError
 from kvfold.commands.compare import TEXT
 from kvfold.commands.measure import Subject, environment, read_prompt, say
+from kvfold.modelshape import FULL, LayerGroup
 
 if TYPE_CHECKING:
     import torch
@@ -118,11 +119,19 @@ def forward(subject: Subject, ids: torch.Tensor, cache: Any, keep: int = 0) -> t
     return logits[-keep:]  # 0 keeps all
 
 
+def stored_layers(cache: KVCache) -> dict[int, LayerGroup]:
+    """The compressed layers of a used cache with their heads, as :mod:`kvfold.layerformats` takes them."""
+    return {
+        index: LayerGroup(FULL, 1, layer.num_heads, layer.layout.head_size, layer.layout.head_size_v)
+        for index, layer in cache.compressed_layers.items()
+    }
+
+
 def bits_per_element(cache: KVCache) -> float:
     """All-in bits per element that the format states for its pages, over the compressed layers of a used cache."""
-    layouts = [(layer.num_heads, layer.layout) for layer in cache.compressed_layers.values()]
-    stored = sum(heads * at.page_bytes / at.page_size for heads, at in layouts)
-    return 8 * stored / sum(heads * (at.head_size + at.head_size_v) for heads, at in layouts)
+    bits = cache.format.bits_per_element(stored_layers(cache), cache.page_size)
+    assert bits is not None, "a cache without compressed layers is refused when it is made"
+    return bits
 
 
 @contextlib.contextmanager

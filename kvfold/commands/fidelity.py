@@ -40,7 +40,8 @@ from kvfold.commands.measure import (
 )
 from kvfold.commands.plan import whole
 from kvfold.errors import CapacityError, FormatError, KVFoldError
-from kvfold.formats import PAGE_SIZES, KVFormat
+from kvfold.formats import PAGE_SIZES
+from kvfold.layerformats import ModelFormat
 from kvfold.models import SMOLLM2
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def parse_format(text: str) -> KVFormat | Rival:
+def parse_format(text: str) -> ModelFormat | Rival:
     """A format of kvfold's or of another system's; the latter by the names of :mod:`kvfold.eval.rivals`.
 
     Raises:
@@ -146,7 +147,7 @@ def parse_format(text: str) -> KVFormat | Rival:
     if rival is not None:
         return rival
     try:
-        return KVFormat.parse(text).require_built()
+        return ModelFormat.parse(text).require_built()
     except FormatError as error:
         hint = rivals.near(text)
         raise FormatError(f"{error}; or of other systems: {hint}") from None if hint else error
@@ -227,16 +228,16 @@ class Column:
 
     kind: str
     name: str
-    format: KVFormat | Rival | None = None
+    format: ModelFormat | Rival | None = None
     bits: float | None = None
     bytes_per_token: float | None = None
     cache: str | None = None
     tokens: list[Tokens] = field(default_factory=list)
 
 
-def _new_cache(subject: Subject, fmt: KVFormat | Rival, args: argparse.Namespace) -> Any:
+def _new_cache(subject: Subject, fmt: ModelFormat | Rival, args: argparse.Namespace) -> Any:
     """A fresh cache, and the model with the attention that belongs to it."""
-    if isinstance(fmt, KVFormat):
+    if isinstance(fmt, ModelFormat):
         return subject.new_cache(fmt, args.page_size, args.chunk)
     from kvfold.eval.rivals.cache import RivalCache
 
@@ -244,7 +245,7 @@ def _new_cache(subject: Subject, fmt: KVFormat | Rival, args: argparse.Namespace
     return RivalCache(subject.model.config, fmt, args.chunk)
 
 
-def _probe(subject: Subject, fmt: KVFormat | Rival, ids: torch.Tensor, args: argparse.Namespace) -> Column:
+def _probe(subject: Subject, fmt: ModelFormat | Rival, ids: torch.Tensor, args: argparse.Namespace) -> Column:
     """Run a format on a few tokens, so that what cannot run is refused now."""
     import torch
 
@@ -254,7 +255,7 @@ def _probe(subject: Subject, fmt: KVFormat | Rival, ids: torch.Tensor, args: arg
         forward(subject, ids[:1, :PROBE], cache)
         if args.chunk == "exact":  # kernels for a chunk on a stored prefix
             forward(subject, ids[:1, PROBE : PROBE + 16], cache)
-    if not isinstance(fmt, KVFormat):
+    if not isinstance(fmt, ModelFormat):
         return Column("rival", str(fmt), fmt, cache.bits_per_element(), cache=repr(cache))
     return Column("format", str(fmt), fmt, bits_per_element(cache), cache=repr(cache))
 
@@ -296,8 +297,8 @@ def _measure(args: argparse.Namespace, subject: Subject, ids: torch.Tensor, meas
             window, title = ids[index : index + 1], f"window {index + 1} of {len(ids)}"
             step(f"{title}: {ORDINARY}")
             subject.new_cache(None, args.page_size, args.chunk)  # gives the model its own attention back
-            base = _baseline(subject, window)
-            _require_finite(base.nll, "the uncompressed model", index)
+            base = baseline(subject, window)
+            require_finite(base.nll, "the uncompressed model", index)
             measured.nll.append(base.nll)
             for column in measured.columns:  # the noise floor comes first, before a format sets kvfold's attention
                 step(f"{title}: {column.name}")
@@ -305,11 +306,11 @@ def _measure(args: argparse.Namespace, subject: Subject, ids: torch.Tensor, meas
                     tokens = _noise(subject, window, base)
                 else:
                     tokens = _compressed(args, subject, column, window, base)
-                _require_finite(tokens.kl, column.name, index)
+                require_finite(tokens.kl, column.name, index)
                 column.tokens.append(tokens)
 
 
-def _baseline(subject: Subject, window: torch.Tensor) -> Reference:
+def baseline(subject: Subject, window: torch.Tensor) -> Reference:
     """What the model says of a window ``[1, tokens]`` without compression."""
     from kvfold.eval.fidelity import FIRST_POSITION, reference
 
@@ -337,7 +338,7 @@ def _compressed(
     length = window.shape[1] if args.chunk == "packed" else EXACT_CHUNK
     pieces = [forward(subject, piece, cache) for piece in window.split(length, dim=1)]
     logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    if isinstance(column.format, KVFormat):
+    if isinstance(column.format, ModelFormat):
         memory = cache.memory()
         column.bytes_per_token = memory.compressed / memory.capacity + memory.uncompressed / memory.tokens
     else:
@@ -345,7 +346,7 @@ def _compressed(
     return compare(base, logits[FIRST_POSITION:-1])
 
 
-def _require_finite(values: Floats, name: str, window: int) -> None:
+def require_finite(values: Floats, name: str, window: int) -> None:
     import numpy as np
 
     if not np.isfinite(values).all():
@@ -399,7 +400,12 @@ class Result:
 
 
 def _settings(
-    args: argparse.Namespace, subject: Subject, formats: Sequence[KVFormat | Rival], path: Path, text: str, cut: Windows
+    args: argparse.Namespace,
+    subject: Subject,
+    formats: Sequence[ModelFormat | Rival],
+    path: Path,
+    text: str,
+    cut: Windows,
 ) -> dict[str, object]:
     from kvfold.eval.bootstrap import CONFIDENCE, RESAMPLES, SEED
     from kvfold.eval.fidelity import FIRST_POSITION

@@ -24,7 +24,7 @@ from kvfold.commands.measure import (
     read_prompt,
     say,
 )
-from kvfold.formats import KVFormat
+from kvfold.layerformats import ModelFormat
 
 EPILOG = """\
 JSON (--json): model, dtype, format, chunk, page_size, cache, text, prompt_tokens, new_tokens, prefill_seconds,
@@ -56,7 +56,7 @@ def _temperature(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    fmt = None if args.format == ORDINARY else KVFormat.parse(args.format).require_built()
+    fmt = None if args.format == ORDINARY else ModelFormat.parse(args.format).require_built()
     prompt = _prompt(args)
     if not prompt.strip():
         raise UsageError("the prompt is empty")
@@ -77,7 +77,7 @@ def _prompt(args: argparse.Namespace) -> str:
     return sys.stdin.read()
 
 
-def _generate(args: argparse.Namespace, fmt: KVFormat | None, prompt: str) -> dict[str, Any]:
+def _generate(args: argparse.Namespace, fmt: ModelFormat | None, prompt: str) -> dict[str, Any]:
     subject = load_subject(args.model)
     import torch
     from transformers import TextStreamer

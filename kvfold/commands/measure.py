@@ -14,7 +14,8 @@ from typing import Any
 
 from kvfold.commands import UsageError
 from kvfold.commands.plan import whole
-from kvfold.formats import PAGE_SIZES, KVFormat
+from kvfold.formats import PAGE_SIZES
+from kvfold.layerformats import ModelFormat
 from kvfold.models import SMOLLM2, load
 
 ORDINARY = "none"
@@ -115,7 +116,7 @@ class Subject:
             raise UsageError("the prompt has no tokens")
         return {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
 
-    def new_cache(self, fmt: KVFormat | None, page_size: int, chunk: str) -> Any:
+    def new_cache(self, fmt: ModelFormat | None, page_size: int, chunk: str) -> Any:
         """A compressed cache, or for None the ordinary one, with which the model runs transformers' own attention."""
         from transformers import DynamicCache
 

@@ -35,7 +35,8 @@ from kvfold.commands.measure import ORDINARY, Subject, load_subject, quiet_trans
 from kvfold.commands.needle_report import Column, Result, Task, draw_plot, text_of
 from kvfold.commands.plan import whole
 from kvfold.errors import CapacityError, KVFoldError
-from kvfold.formats import PAGE_SIZES, KVFormat
+from kvfold.formats import PAGE_SIZES
+from kvfold.layerformats import ModelFormat
 from kvfold.models import SMOLLM2
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def percentage(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> int:
-    formats = list(dict.fromkeys(KVFormat.parse(spec).require_built() for spec in args.format or FORMATS))
+    formats = list(dict.fromkeys(ModelFormat.parse(spec).require_built() for spec in args.format or FORMATS))
     check_outputs(args.json, args.plot)
     path, text = read_text(args.text)
     device = pick_device(args.device)
@@ -206,7 +207,7 @@ def encoding_of(subject: Subject, chat: bool) -> Encoding:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _probe(subject: Subject, fmt: KVFormat, prompt: Prompt, page_size: int) -> Column:
+def _probe(subject: Subject, fmt: ModelFormat, prompt: Prompt, page_size: int) -> Column:
     """Run a format on a few tokens, so that what cannot run is refused now."""
     import torch
 
@@ -255,7 +256,7 @@ def answer(subject: Subject, prompt: Prompt, cache: Any, title: str) -> Score:
 
 
 def _settings(
-    args: argparse.Namespace, subject: Subject, formats: Sequence[KVFormat], path: Path, text: str
+    args: argparse.Namespace, subject: Subject, formats: Sequence[ModelFormat], path: Path, text: str
 ) -> dict[str, object]:
     from kvfold.eval.bootstrap import CONFIDENCE, RESAMPLES, SEED
     from kvfold.eval.needle import DIGITS, GUESS

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from kvfold.commands import table
 from kvfold.commands.measure import ORDINARY
-from kvfold.formats import KVFormat
+from kvfold.layerformats import ModelFormat
 
 if TYPE_CHECKING:
     from kvfold.eval.bootstrap import Interval
@@ -53,7 +53,7 @@ class Column:
     """
 
     name: str
-    format: KVFormat | None = None
+    format: ModelFormat | None = None
     bits: float | None = None
     cache: str | None = None
     scores: list[Score] = field(default_factory=list)

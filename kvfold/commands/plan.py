@@ -12,13 +12,15 @@ import json
 from kvfold.commands import UsageError, table
 from kvfold.errors import FormatError
 from kvfold.formats import PAGE_SIZES, check_head_size
+from kvfold.layerformats import spell_layers
+from kvfold.modelshape import LayerGroup
 from kvfold.planner import ModelShape, PlanError, PlanRow, parse_memory, plan
 
 EPILOG = """\
 JSON (--json): model, max_positions, itemsize, memory_bytes, context, page_size, notes [text], layers [{kind, layers,
-num_kv_heads, head_size, head_size_v, window}], rows [{format, bytes_per_token, bits_per_element, tokens, requests,
-ratio, compressed_layers, uncompressed_layers, uncompressed [text]}]. tokens is null where the cache stops growing
-before memory is full.
+num_kv_heads, head_size, head_size_v, window, at}], rows [{format, bytes_per_token, bits_per_element, tokens, requests,
+ratio, compressed_layers, uncompressed_layers, uncompressed [text]}]. at: which layers of the model, from 0. tokens is
+null where the cache stops growing before memory is full.
 
 example: kvfold plan --model ./Qwen3-8B --memory 40GiB --context 32768 --format k4v4 k8v4+sinks4
 """
@@ -96,6 +98,14 @@ def read_shape(args: argparse.Namespace) -> ModelShape:
     return ModelShape.uniform(args.layers, args.kv_heads, args.head_size, args.head_size_v)
 
 
+def layers_json(shape: ModelShape) -> list[dict[str, object]]:
+    """The groups of layers for JSON; ``at`` says which layers of the model they are, from 0: ``0-4,6-10``."""
+    at: dict[LayerGroup, list[int]] = {}
+    for index, group in enumerate(shape.layers):
+        at.setdefault(group, []).append(index)
+    return [{**vars(group), "at": spell_layers(at[group])} for group in shape.groups]
+
+
 def _text(args: argparse.Namespace, shape: ModelShape, rows: list[PlanRow], notes: list[str]) -> str:
     header = ["format", "bytes/token", "bits/element", "tokens", "x bf16", f"requests of {args.context:,}"]
     cells = [
@@ -132,7 +142,7 @@ def _json(args: argparse.Namespace, shape: ModelShape, rows: list[PlanRow], note
         "context": args.context,
         "page_size": args.page_size,
         "notes": notes,
-        "layers": [vars(group) for group in shape.groups],
+        "layers": layers_json(shape),
         "rows": [{**vars(row), "format": str(row.format)} for row in rows],
     }
     return json.dumps(result, indent=2)

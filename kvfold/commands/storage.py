@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvfold.commands import table
 from kvfold.commands.evaluation import check_outputs, environment_of, pick_device, progress
 from kvfold.commands.measure import ORDINARY, say
-from kvfold.commands.plan import add_shape_arguments, read_shape, whole
+from kvfold.commands.plan import add_shape_arguments, layers_json, read_shape, whole
 from kvfold.errors import CapacityError, KVFoldError, UnsupportedModelError
-from kvfold.formats import PAGE_SIZES, KVFormat, check_heads
+from kvfold.formats import PAGE_SIZES, KVFormat
+from kvfold.layerformats import ModelFormat, elements_of
 from kvfold.modelshape import FULL, SLIDING, LayerGroup, ModelShape
-from kvfold.planner import cache_bytes
+from kvfold.planner import compressed_bytes, window_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -34,12 +35,13 @@ if TYPE_CHECKING:
 
 EPILOG = """\
 JSON (--json FILE): command, date, environment, settings, layers [{kind, layers, live_layers, num_kv_heads, head_size,
-head_size_v, window}], kept_bytes, rows [{format, tokens, capacity, pages, exact, tables, windows, other, total,
-planned_bytes, planned_equal, planned_for_tokens, bytes_per_token, ratio}]. Bytes are those of all layers: what the
-live ones hold, times their number. The rows of format none are the ordinary cache in bf16, with its keys and values as
-pages. planned_bytes is the planner's figure for capacity, and for pages, exact and windows together; planned_for_tokens
-is that for the tokens alone. ratio is the ordinary cache's total over this one. kept_bytes: scratch that kernels keep
-on the GPU between calls, once for all layers; null on a CPU, where all scratch is given back after a call.
+head_size_v, window, at}], kept_bytes, rows [{format, tokens, capacity, pages, exact, tables, windows, other, total,
+planned_bytes, planned_equal, planned_for_tokens, bytes_per_token, ratio}]. at: which layers of the model, from 0. Bytes
+are those of all layers: what the live ones hold, times their number. The rows of format none are the ordinary cache in
+bf16, with its keys and values as pages. planned_bytes is the planner's figure for capacity, and for pages, exact and
+windows together; planned_for_tokens is that for the tokens alone. ratio is the ordinary cache's total over this one.
+kept_bytes: scratch that kernels keep on the GPU between calls, once for all layers; null on a CPU, where all scratch is
+given back after a call.
 
 example: kvfold storage --model ./Qwen3-8B --context 4096 32768 --format k4v4 k3v3+sinks4+tail128 --plot storage.png
 """
@@ -77,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     shape = read_shape(args)
-    formats = list(dict.fromkeys(KVFormat.parse(spec).require_built() for spec in args.format or FORMATS))
+    formats = list(dict.fromkeys(ModelFormat.parse(spec).require_built() for spec in args.format or FORMATS))
     contexts = sorted(set(args.context or CONTEXTS))
     _check_shape(shape, formats)
     check_outputs(args.json, args.plot)
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
                 "formats": [str(fmt) for fmt in formats],
             },
         }
-        args.json.write_text(json.dumps({**head, **result.json()}, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps({**head, **result.json(shape)}, indent=1) + "\n", encoding="utf-8")
     print(_text(args, shape, result))
     sys.stdout.flush()
     if args.plot is not None:
@@ -109,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _check_shape(shape: ModelShape, formats: Sequence[KVFormat]) -> None:
+def _check_shape(shape: ModelShape, formats: Sequence[ModelFormat]) -> None:
     """Refuse what cannot be stored, before anything is allocated."""
     if not shape.compressed:
         raise UnsupportedModelError(
@@ -117,8 +119,7 @@ def _check_shape(shape: ModelShape, formats: Sequence[KVFormat]) -> None:
             "kvfold plan says what its other layers take"
         )
     for fmt in formats:
-        for group in shape.compressed:
-            check_heads(fmt, group.head_size, group.head_size_v)
+        compressed_bytes(shape, fmt, 0)
 
 
 def live_layers(shape: ModelShape, tokens: int, asked: int | None) -> dict[LayerGroup, int]:
@@ -130,6 +131,23 @@ def live_layers(shape: ModelShape, tokens: int, asked: int | None) -> dict[Layer
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """Layers that hold the same: alike, and stored in the same format; None where they are not compressed."""
+
+    group: LayerGroup
+    format: KVFormat | None
+    layers: int
+
+
+def kinds_of(shape: ModelShape, fmt: ModelFormat | None) -> list[Kind]:
+    """The layers that store something, in a cache of this format, or in the ordinary one for None."""
+    alike = [group for group in shape.groups if group.kind in (FULL, SLIDING)]
+    if fmt is None:
+        return [Kind(group, None, group.layers) for group in alike]
+    packed = [Kind(group, own, count) for (own, group), count in fmt.kinds(shape.compressed_layers).items()]
+    return packed + [Kind(group, None, group.layers) for group in alike if group.kind == SLIDING]
 
 
 @dataclass(frozen=True)
@@ -175,8 +193,9 @@ class Result:
     kept: int | None
     rows: list[Row]
 
-    def json(self) -> dict[str, object]:
-        layers = [{**vars(group), "live_layers": live} for group, live in self.layers.items()]
+    def json(self, shape: ModelShape) -> dict[str, object]:
+        about = zip(shape.groups, layers_json(shape), strict=True)
+        layers = [{**layer, "live_layers": self.layers[group]} for group, layer in about if group in self.layers]
         return {"layers": layers, "kept_bytes": self.kept, "rows": [row.json() for row in self.rows]}
 
 
@@ -184,7 +203,7 @@ def _measure(
     args: argparse.Namespace,
     shape: ModelShape,
     layers: dict[LayerGroup, int],
-    formats: Sequence[KVFormat],
+    formats: Sequence[ModelFormat],
     contexts: Sequence[int],
     device: torch.device,
 ) -> Result:
@@ -197,22 +216,27 @@ def _measure(
 
     before, rows = requested_bytes(device), []
     ordinary: dict[int, int] = {}
-    with torch.inference_mode(), progress((1 + len(formats)) * len(layers)) as step:
-        for fmt in (None, *formats):
-            held: dict[LayerGroup, list[Live]] = {}
-            for group, live in layers.items():
-                step(f"{fmt or ORDINARY}: {replace(group, layers=live)}, up to {contexts[-1]:,} tokens")
+    kinds = [(fmt, kinds_of(shape, fmt)) for fmt in (None, *formats)]
+    with torch.inference_mode(), progress(sum(map(len, dict(kinds).values()))) as step:
+        for fmt, parts in kinds:
+            held: dict[Kind, list[Live]] = {}
+            for part in parts:
+                live = min(part.layers, layers[part.group])
+                what = f"{fmt or ORDINARY}: {replace(part.group, layers=live)}"
+                if fmt is not None and not fmt.uniform and part.format is not None:
+                    what += f" in {part.format}"
+                step(f"{what}, up to {contexts[-1]:,} tokens")
                 dtype = torch.bfloat16 if fmt is None else getattr(torch, DTYPES[shape.itemsize])
                 options = {"layers": live, "page_size": args.page_size, "dtype": dtype, "device": device}
                 try:
-                    held[group] = list(fill(group, fmt, contexts, **options))
+                    held[part] = list(fill(part.group, part.format, contexts, **options))
                 except torch.OutOfMemoryError as error:
                     reason = str(error).strip().splitlines()[0]
                     raise CapacityError(
                         f"{reason}; give --live-layers 1, a smaller --context, or --device cpu"
                     ) from None
             for place, tokens in enumerate(contexts):
-                at = {group: found[place] for group, found in held.items()}
+                at = {part: found[place] for part, found in held.items()}
                 row = _row(shape, fmt, tokens, at, args.page_size, ordinary.get(tokens, 0))
                 if fmt is None:
                     ordinary[tokens] = row.total
@@ -225,26 +249,22 @@ def _measure(
 
 
 def _row(
-    shape: ModelShape, fmt: KVFormat | None, tokens: int, at: dict[LayerGroup, Live], page_size: int, ordinary: int
+    shape: ModelShape, fmt: ModelFormat | None, tokens: int, at: dict[Kind, Live], page_size: int, ordinary: int
 ) -> Row:
-    full = [group for group in at if group.kind == FULL]
-    sliding = [group for group in at if group.kind == SLIDING]
-    capacity = max(at[group].capacity for group in full)
+    full = [kind for kind in at if kind.group.kind == FULL]
+    sliding = [kind for kind in at if kind.group.kind == SLIDING]
+    capacity = max(at[kind].capacity for kind in full)
 
-    def of(groups: Sequence[LayerGroup], part: str) -> int:
-        return sum(group.layers * int(getattr(at[group], part)) for group in groups)
+    def of(kinds: Sequence[Kind], part: str) -> int:
+        return sum(kind.layers * int(getattr(at[kind], part)) for kind in kinds)
 
     def planned(room: int) -> int:
         """The planner's figure, with that many tokens in the compressed layers; windows hold the tokens that came."""
-        itemsize = 2 if fmt is None else shape.itemsize
-        packed = ModelShape(tuple(full), itemsize)
-        if fmt is None:
-            stored = sum(group.layers * group.num_kv_heads * (group.head_size + group.head_size_v) for group in full)
-            bytes_of_full = room * stored * itemsize
-        else:
-            bytes_of_full = cache_bytes(packed, fmt, room, page_size)
-        windows = cache_bytes(ModelShape(tuple(sliding), itemsize), fmt or "bf16", tokens, page_size)
-        return bytes_of_full + windows
+        if fmt is not None:
+            return compressed_bytes(shape, fmt, room, page_size) + window_bytes(shape, tokens)
+        in_bf16 = replace(shape, itemsize=2)
+        stored = room * elements_of(in_bf16.compressed_layers)
+        return stored * in_bf16.itemsize + window_bytes(in_bf16, tokens)
 
     return Row(
         format=ORDINARY if fmt is None else str(fmt),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from kvfold.commands.measure import ORDINARY
 from kvfold.errors import KVFoldError
-from kvfold.formats import KVFormat
+from kvfold.layerformats import ModelFormat
 
 SUMMARY_NOTE = (
     "bits: all-in, per element. KL: mean, nats per token. top-1: same most likely token. perplexity: its change, and "
@@ -130,12 +130,12 @@ class Report:
         )
 
 
-def own_format(name: str) -> KVFormat | None:
+def own_format(name: str) -> ModelFormat | None:
     """The format of kvfold's that has this name; None if none has, or if the name is another system's."""
     if ":" in name:
         return None
     try:
-        return KVFormat.parse(name)
+        return ModelFormat.parse(name)
     except KVFoldError:
         return None
 
@@ -145,5 +145,5 @@ def _place(name: str, bits: float | None) -> tuple[int, float, str]:
         return 0, 0.0, name
     fmt = own_format(name)
     if fmt is not None and bits is None:
-        bits = fmt.bits_per_element(128)
+        bits = fmt.base.bits_per_element(128)  # of its other layers nobody knows how many there are
     return 1 if fmt is not None else 2, -(bits or 0.0), name

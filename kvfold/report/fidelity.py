@@ -62,7 +62,8 @@ class Row:
         if self.kind == "rival":
             return self.format.partition(":")[0]
         fmt = own_format(self.format)
-        families = set() if fmt is None else {fmt.k.family, fmt.v.family}
+        sides = () if fmt is None else [side for own in fmt.formats for side in (own.k, own.v)]
+        families = {side.family for side in sides}
         special = "trellis-coded" if "trellis" in families else "fp8" if families & {"fp8", "fp8cast"} else ""
         return f"kvfold, {special}" if special else "kvfold"
 
@@ -70,7 +71,7 @@ class Row:
     def has_exact_tokens(self) -> bool:
         """Whether it keeps first or last tokens, which are not in its bits."""
         fmt = own_format(self.format)
-        return fmt is not None and bool(fmt.sinks or fmt.tail)
+        return fmt is not None and any(own.sinks or own.tail for own in fmt.formats)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,20 @@ into a memory, which the planner computes for the shapes that those files name."
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 from kvfold.commands.measure import ORDINARY
 from kvfold.errors import KVFoldError
-from kvfold.formats import PAGE_SIZES, KVFormat
-from kvfold.modelshape import FULL, KINDS, SLIDING, LayerGroup, ModelShape
+from kvfold.formats import PAGE_SIZES
+from kvfold.layerformats import ModelFormat, read_layers
+from kvfold.modelshape import FULL, KINDS, LINEAR, SLIDING, LayerGroup, ModelShape
 from kvfold.planner import cache_bytes, plan
 from kvfold.report.document import Column, Origin, Picture, Section, Table
 from kvfold.report.drawing import SOFT, WIDTH, Name, hue, log_axis, log_limits, name_ends, new_figure, room_for
-from kvfold.report.entries import Damaged, Entry
+from kvfold.report.entries import LINE, Damaged, Entry
 
 GIB = 1 << 30
 MEMORY = 80 * GIB
@@ -116,7 +117,8 @@ def _page_size(settings: Entry) -> int:
 
 
 def _shape(data: Entry, name: str, itemsize: Entry) -> ModelShape:
-    groups = []
+    groups: list[LayerGroup] = []
+    at: dict[int, int] = {}
     for layer in data["layers"].list():
         sizes = (layer[key].whole() for key in ("layers", "num_kv_heads", "head_size", "head_size_v", "window"))
         kind = layer["kind"].text()
@@ -126,9 +128,27 @@ def _shape(data: Entry, name: str, itemsize: Entry) -> ModelShape:
             groups.append(LayerGroup(kind, *sizes))
         except KVFoldError as error:
             raise Damaged(f"{layer.place}: {error}") from None
+        at |= dict.fromkeys(_places(layer, at), len(groups) - 1)
     if not any(group.kind in (FULL, SLIDING) for group in groups):
         raise Damaged("layers: none of them keeps keys and values")
-    return ModelShape(tuple(groups), itemsize.count(), name)
+    order = [at.get(index, len(groups)) for index in range(max(at, default=-1) + 1)]
+    if missing := order.count(len(groups)):  # the file leaves out layers that store nothing
+        groups.append(LayerGroup(LINEAR, missing))
+    return ModelShape(tuple(groups), itemsize.count(), name, order=tuple(order))
+
+
+def _places(layer: Entry, taken: Container[int]) -> list[int]:
+    """Which layers of the model a group's are; none where the file, an older one, does not tell."""
+    at = layer.maybe("at")
+    if at is None:
+        return []
+    try:
+        places = read_layers(at.text(LINE), at.place)
+    except KVFoldError as error:
+        raise Damaged(f"{at.place}: {error}") from None
+    if len(set(places)) != layer["layers"].whole() or any(place in taken for place in places):
+        raise Damaged(f"{at.place} is not {layer['layers'].whole()} layers of its own: {at.text()}")
+    return places
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
@@ -201,7 +221,7 @@ def _that_can_be_planned(
         except KVFoldError as error:
             notes.append(f"{name} has no capacity curve: {error}.")
         else:
-            formats[str(KVFormat.parse(name))] = None
+            formats[str(ModelFormat.parse(name))] = None
     return list(formats), notes
 
 

@@ -14,9 +14,10 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from kvfold.errors import FormatError, UnsupportedModelError
-from kvfold.formats import KVFormat, check_page_size
+from kvfold.formats import check_page_size
 from kvfold.integrations.transformers.attention import NAME
 from kvfold.integrations.transformers.layers import PackedLayer, StaticPackedLayer
+from kvfold.layerformats import ModelFormat, ModelFormatSpec
 from kvfold.layout import PageLayout
 
 CHUNK_RULES = ("exact", "packed")
@@ -61,7 +62,9 @@ class KVCache(Cache):
 
     Args:
         config: The model's config.
-        format: What to store: any spelling that :meth:`KVFormat.parse` knows.
+        format: What to store: any spelling that :meth:`KVFormat.parse` knows, for all layers, or one of
+            :mod:`kvfold.layerformats` with formats for single layers, by their place in the model
+            (``k3v3@0-1=k4v4``). Exact sinks and tails are each layer's own too.
         max_length: Fixed number of tokens, or None to grow.
         page_size: Tokens of a page: 16, 32 or 64.
         chunk: What the queries of a chunk of several tokens see of their own chunk: ``exact`` K and V, or ``packed``
@@ -70,7 +73,8 @@ class KVCache(Cache):
         skip_layers: Indices of layers to leave uncompressed.
 
     Raises:
-        FormatError: The format, page size or chunk rule does not exist, or does not fit the head size.
+        FormatError: The format, page size or chunk rule does not exist, or does not fit the head size; or the format
+            names a layer that the model does not have or that is not compressed.
         NotBuiltError: The format is well spelled but not built yet.
         UnsupportedModelError: The model cannot be served.
     """
@@ -78,14 +82,14 @@ class KVCache(Cache):
     def __init__(
         self,
         config: Any,
-        format: str | float | dict[str, object] | KVFormat = "k4v4",
+        format: ModelFormatSpec = "k4v4",
         *,
         max_length: int | None = None,
         page_size: int = 64,
         chunk: str = "exact",
         skip_layers: Collection[int] = (),
     ) -> None:
-        self.format = KVFormat.parse(format).require_built()
+        self.format = ModelFormat.parse(format).require_built()
         check_page_size(page_size)
         if chunk not in CHUNK_RULES:
             raise FormatError(f"chunk={chunk!r} is not one of {', '.join(map(repr, CHUNK_RULES))}")
@@ -113,12 +117,14 @@ class KVCache(Cache):
         for index, layer in enumerate(layers):
             if type(layer) is not plain or index in skip_layers:
                 continue
+            fmt = self.format.layer(index)
             if max_length is None:
-                layers[index] = PackedLayer(text, self.format, page_size, chunk)
+                layers[index] = PackedLayer(text, fmt, page_size, chunk)
             else:
-                layers[index] = StaticPackedLayer(text, self.format, page_size, chunk, max_length)
+                layers[index] = StaticPackedLayer(text, fmt, page_size, chunk, max_length)
         super().__init__(layers=layers)
         self.page_size, self.chunk = page_size, chunk
+        self.format.require_layers(len(layers), self.compressed_layers)
         if not self.compressed_layers:
             raise UnsupportedModelError(
                 f"{type(config).__name__} has no layer that can be compressed: {self._uncompressed_kinds()}; "
@@ -127,7 +133,7 @@ class KVCache(Cache):
 
     @classmethod
     def for_model(
-        cls, model: PreTrainedModel, format: str | float | dict[str, object] | KVFormat = "k4v4", **options: Any
+        cls, model: PreTrainedModel, format: ModelFormatSpec = "k4v4", **options: Any
     ) -> KVCache:
         """A cache for a model, which from now on runs attention on packed bytes (:func:`attach`).
 
@@ -209,14 +215,15 @@ def _live_bytes(layer: Any) -> int:
     return sum(found.values())
 
 
-def _check_head_size(text: Any, fmt: KVFormat, page_size: int) -> None:
+def _check_head_size(text: Any, format: ModelFormat, page_size: int) -> None:
     """Refuse a head size now, where the config tells it; models that do not tell are checked at their first update."""
     size = getattr(text, "head_dim", None)
     if size is None and getattr(text, "kv_lora_rank", None) is None:
         heads, hidden = getattr(text, "num_attention_heads", None), getattr(text, "hidden_size", None)
         size = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else None
     if isinstance(size, int):
-        PageLayout.of(fmt, size, None, page_size)
+        for fmt in format.formats:
+            PageLayout.of(fmt, size, None, page_size)
 
 
 _previous: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()

@@ -5,6 +5,10 @@ slot ``TURBOQUANT`` does, and ``register_backend`` is the sanctioned way to put 
 home of upstream's ``turboquant_4bit_nc`` and its like. So :class:`Slot` answers nothing itself: it looks whose cache
 the run has, and names the class that vLLM then resolves, upstream's untouched or one of ours. Ours are made one for
 each format (:func:`class_of`), because later hooks are called with no word about the cache's dtype.
+
+Nor does vLLM say which layer it asks for. So where layers have formats of their own, all get one class that cannot say
+what a cache is made of (:class:`ByLayer`), and each layer, when its weights are there and its name is known, takes the
+class of its own format instead. Pages of such layers differ in bytes; vLLM gives all of them one block table.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import lru_cache
+from hashlib import blake2b
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -25,7 +30,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from kvfold.errors import KVFoldError, UnsupportedModelError
 from kvfold.formats import KVFormat
 from kvfold.integrations.vllm import DTYPES
-from kvfold.integrations.vllm.settings import Settings, is_chosen
+from kvfold.integrations.vllm.settings import EngineConfigError, Settings, is_chosen
+from kvfold.layerformats import ModelFormat
 from kvfold.layout import PageLayout
 
 PAGE_SIZE = 64
@@ -77,13 +83,13 @@ class Slot(AttentionBackend):
                 "kvfold does not serve layers that stay uncompressed: leave --attention-backend out, "
                 "and the dtype chooses kvfold for the others"
             ]
-        return class_of(settings.format, settings.by_name).validate_configuration(*args, **question)
+        return class_of_model(settings.format, settings.by_name).validate_configuration(*args, **question)
 
     @classmethod
     def full_cls_name(cls) -> tuple[str, str]:
         """The class that vLLM is to resolve for the run's cache."""
         settings = Settings.of(get_current_vllm_config_or_none())
-        chosen = original() if settings is None else class_of(settings.format, settings.by_name)
+        chosen = original() if settings is None else class_of_model(settings.format, settings.by_name)
         module, name = chosen.full_cls_name()
         return module, name
 
@@ -125,10 +131,12 @@ class CompressedBackend(AttentionBackend):
 
     Attributes:
         format: What K and V are stored as.
+        formats: The same of each layer of the model.
         by_name: See :class:`~kvfold.integrations.vllm.settings.Settings`.
     """
 
     format: ClassVar[KVFormat]
+    formats: ClassVar[ModelFormat]
     by_name: ClassVar[bool]
 
     # The store belongs to the forward pass, so that it is the kernel right before the decode's: that is what
@@ -145,7 +153,7 @@ class CompressedBackend(AttentionBackend):
     def get_impl_cls(cls) -> Any:
         from kvfold.integrations.vllm.impl import impl_of
 
-        return impl_of(cls.format, cls.by_name)
+        return impl_of(cls.formats, cls.by_name)
 
     @staticmethod
     def get_builder_cls() -> Any:
@@ -183,8 +191,9 @@ class CompressedBackend(AttentionBackend):
             other = f"use --kv-cache-dtype turboquant instead and {_SKIP}"
             reasons = [reason.replace(_SKIP, other) for reason in reasons]
         head_size = question.get("head_size")
-        if head_size is not None and not question.get("use_mla") and (reason := why_not_served(cls.format, head_size)):
-            reasons.append(reason)
+        if head_size is not None and not question.get("use_mla"):
+            answers = (why_not_served(fmt, head_size) for fmt in cls.formats.formats)
+            reasons += [reason for reason in dict.fromkeys(answers) if reason is not None]
         return [f"kvfold: {reason}" for reason in reasons]
 
     @classmethod
@@ -214,8 +223,34 @@ def class_of(fmt: KVFormat, by_name: bool = False) -> type[CompressedBackend]:
     name = "Compressed_" + re.sub(r"\W", "_", str(fmt)) + ("_by_name" if by_name else "")
     made: type[CompressedBackend] | None = globals().get(name)
     if made is None:
-        made = type(name, (CompressedBackend,), {"format": fmt, "by_name": by_name, "__module__": __name__})
-        globals()[name] = made
+        about = {"format": fmt, "formats": ModelFormat(fmt), "by_name": by_name, "__module__": __name__}
+        made = globals()[name] = type(name, (CompressedBackend,), about)
+    return made
+
+
+class ByLayer(CompressedBackend):
+    """Stands for layers with formats of their own until each has its class; :func:`class_of_model` makes subclasses."""
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Refuses: what a layer's cache is made of depends on the layer."""
+        if not cls.by_name and spec.kv_quant_mode == KVQuantMode.NONE:
+            return spec  # vLLM asks what a skipped layer would take
+        raise EngineConfigError(
+            f"format {str(cls.formats)!r}: vLLM told no layer that its weights are there, as it does not where a "
+            "daemon has prepared them: use one format for all layers"
+        )
+
+
+def class_of_model(fmt: ModelFormat, by_name: bool = False) -> type[CompressedBackend]:
+    """The backend that vLLM is told of: that of the format, if all layers have the same."""
+    if fmt.uniform:
+        return class_of(fmt.base, by_name)
+    name = f"ByLayer_{blake2b(str(fmt).encode(), digest_size=8).hexdigest()}" + ("_by_name" if by_name else "")
+    made: type[CompressedBackend] | None = globals().get(name)
+    if made is None:
+        about = {"format": fmt.base, "formats": fmt, "by_name": by_name, "__module__": __name__}
+        made = globals()[name] = type(name, (ByLayer,), about)
     return made
 
 

@@ -9,14 +9,15 @@ import torch
 import vllm.envs as envs
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 
 from kvfold import ops
 from kvfold.errors import ShapeError, UnsupportedModelError
-from kvfold.formats import KVFormat
-from kvfold.integrations.vllm.backend import PAGE_SIZE
+from kvfold.integrations.vllm.backend import PAGE_SIZE, class_of
 from kvfold.integrations.vllm.metadata import Metadata
 from kvfold.integrations.vllm.settings import EngineConfigError, Settings
+from kvfold.layerformats import ModelFormat
 from kvfold.layout import PageLayout
 
 logger = init_logger("vllm.kvfold.impl")
@@ -29,14 +30,15 @@ class CompressedImpl(AttentionImpl[Metadata]):
     """Attention on packed pages; :func:`impl_of` makes the classes that are used. See the base class for the arguments.
 
     Attributes:
-        made_for: The format of the backend's class, and whether the backend was chosen by name.
+        made_for: The formats of the backend's class, and whether the backend was chosen by name.
+        format: What this layer stores; the base until the layer's name is known.
 
     Raises:
         UnsupportedModelError: The layer needs something that kvfold's attention does not have.
         EngineConfigError: vLLM chose the backend for another engine.
     """
 
-    made_for: ClassVar[tuple[KVFormat, bool]]
+    made_for: ClassVar[tuple[ModelFormat, bool]]
     supports_quant_query_input = False
 
     def __init__(
@@ -73,6 +75,7 @@ class CompressedImpl(AttentionImpl[Metadata]):
         self.kv_cache_dtype = "turboquant" if kv_cache_dtype == "auto" else kv_cache_dtype
         self.softcap = logits_soft_cap or None  # models say "none" as 0, too
         self.settings = settings
+        self.format = settings.format.base
         self.batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
         # its tokens are stored by the layer that it shares the cache with, so that it has none of its own to see
         self.shares = kv_sharing_target_layer_name is not None
@@ -81,7 +84,7 @@ class CompressedImpl(AttentionImpl[Metadata]):
             raise EngineConfigError(
                 "--kv-sharing-fast-prefill cuts batches on the device, and kvfold by lengths on the host: leave it out"
             )
-        self._engine = id(config.compilation_config.static_forward_context)  # which has one of its own
+        self._layers = config.compilation_config.static_forward_context  # by name; each engine has one of its own
         self._layout: PageLayout | None = None
         self._query_lens = {1, max_decode_query_len(config)}
         self._max_rows = config.scheduler_config.max_num_seqs
@@ -91,6 +94,32 @@ class CompressedImpl(AttentionImpl[Metadata]):
                 "VLLM_BATCH_INVARIANT with chunk=exact: results still depend, a little, on where chunks of a prompt "
                 'end; add --additional-config \'{"turboquant": {"chunk": "packed"}}\''
             )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Find out which layer this is, and give it the backend of its own format.
+
+        vLLM calls it before it asks what caches are made of.
+
+        Raises:
+            UnsupportedModelError: The layer's name does not say which it is, or it has no cache of its own.
+        """
+        fmt = self.settings.format
+        if fmt.uniform:
+            return
+        name, layer = next(pair for pair in self._layers.items() if getattr(pair[1], "impl", None) is self)
+        if self.shares:
+            raise UnsupportedModelError(
+                f"format {str(fmt)!r}: layer {name} shares the cache of another one, which vLLM does not serve beside "
+                "caches of several sizes: use one format for all layers"
+            )
+        try:
+            index = extract_layer_index(name)
+        except AssertionError as error:
+            raise UnsupportedModelError(
+                f"format {str(fmt)!r}: which layer is {name!r}? ({error}) Use one format for all layers"
+            ) from None
+        self.format = fmt.layer(index)
+        layer.attn_backend = class_of(self.format, self.settings.by_name)
 
     def forward(
         self,
@@ -118,7 +147,7 @@ class CompressedImpl(AttentionImpl[Metadata]):
             )
         layout = self._layout
         if layout is None:
-            layout = self._layout = PageLayout.of(self.settings.format, self.head_size, output.shape[-1], PAGE_SIZE)
+            layout = self._layout = PageLayout.of(self.format, self.head_size, output.shape[-1], PAGE_SIZE)
         if attn_metadata is None:
             if query.device.type != "cpu" and not torch.cuda.is_current_stream_capturing():
                 self.warm_up(query, key, value, layout)
@@ -155,11 +184,12 @@ class CompressedImpl(AttentionImpl[Metadata]):
         capture of a CUDA graph; a prefill has windows of the prefix. Layers of one kind share all that, so only the
         first of them does it.
         """
-        kind = (self._engine, layout, self.num_heads, self.num_kv_heads, query.dtype, query.device,
+        engine = id(self._layers)
+        kind = (engine, layout, self.num_heads, self.num_kv_heads, query.dtype, query.device,
                 self.softcap is None, self.settings.chunk, self.batch_invariant)  # fmt: skip
         if kind in _warm:  # the run that is measured comes first, and is the largest
             return
-        _warm.intersection_update({other for other in _warm if other[0] == self._engine})
+        _warm.intersection_update({other for other in _warm if other[0] == engine})
         _warm.add(kind)
         device = query.device
         pages = torch.zeros(layout.page_shape(1, self.num_kv_heads), dtype=torch.uint8, device=device)
@@ -200,7 +230,7 @@ _warm: set[tuple[Any, ...]] = set()
 
 
 @cache
-def impl_of(fmt: KVFormat, by_name: bool) -> type[CompressedImpl]:
+def impl_of(fmt: ModelFormat, by_name: bool) -> type[CompressedImpl]:
     """The implementation for a backend of :func:`~kvfold.integrations.vllm.backend.class_of`."""
     return type("CompressedImpl", (CompressedImpl,), {"made_for": (fmt, by_name), "__module__": __name__})
 

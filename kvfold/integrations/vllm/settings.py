@@ -10,6 +10,7 @@ from typing import Any
 from kvfold.errors import FormatError, KVFoldError, NotBuiltError
 from kvfold.formats import KVFormat
 from kvfold.integrations.vllm import DTYPES
+from kvfold.layerformats import ModelFormat
 
 CHUNK_RULES = ("exact", "packed")
 _KEYS = ("format", "chunk", "k_quant", "v_quant", "bit_width", "use_qjl", "seed", "lite_mode", "outlier_channels",
@@ -25,13 +26,13 @@ class Settings:
     """How a run stores its cache.
 
     Attributes:
-        format: What K and V are stored as, at widths that the kernels serve.
+        format: What K and V of each layer are stored as, at widths that the kernels serve.
         chunk: ``exact``: a prompt's chunk sees its own K and V as they came, and the packed tokens before it;
             ``packed``: it reads its own from the pages too.
         by_name: Whether the user chose the backend and not the dtype, so that layers arrive with dtype ``auto``.
     """
 
-    format: KVFormat
+    format: ModelFormat
     chunk: str
     by_name: bool
 
@@ -41,7 +42,8 @@ class Settings:
 
         Raises:
             EngineConfigError: Options contradict each other.
-            FormatError: The format is unknown, or the kernels do not serve it. NotBuiltError: It is not built yet.
+            FormatError: The format is unknown, the kernels do not serve it, or it names layers that the model does not
+                have. NotBuiltError: It is not built yet.
         """
         if config is None or config.cache_config is None:
             return None
@@ -68,7 +70,7 @@ class Settings:
                 "every layer: use --kv-cache-dtype turboquant instead of --attention-backend"
             )
         options = asked or {}
-        fmt = KVFormat.parse(DTYPES.get(name, "turboquant"))
+        fmt = ModelFormat.parse(DTYPES.get(name, "turboquant"))
         if (wanted := _format(options)) is not None:
             if name not in ("auto", "turboquant") and wanted != fmt:
                 raise EngineConfigError(
@@ -79,7 +81,10 @@ class Settings:
         chunk = options.get("chunk", "exact")
         if chunk not in CHUNK_RULES:
             raise EngineConfigError(f"chunk is {chunk!r} in --additional-config; it is one of {', '.join(CHUNK_RULES)}")
-        return Settings(_servable(fmt), chunk, by_name)
+        for own in fmt.formats:
+            _check_servable(own)
+        _check_layers(fmt, config)
+        return Settings(fmt, chunk, by_name)
 
 
 def is_chosen(attention_config: Any) -> bool:
@@ -113,10 +118,10 @@ def _asked(additional: Any) -> dict[str, Any] | None:
     return {"chunk": "exact", **value}
 
 
-def _format(options: Mapping[str, Any]) -> KVFormat | None:
+def _format(options: Mapping[str, Any]) -> ModelFormat | None:
     """The format that options name, in kvfold's words or in those of vllm-metal or vllm-omni; None if they do not."""
     if "format" in options:
-        return KVFormat.parse(options["format"])
+        return ModelFormat.parse(options["format"])
     spec = {key: value for key, value in options.items() if key != "chunk"}
     if not spec:
         return None
@@ -126,12 +131,33 @@ def _format(options: Mapping[str, Any]) -> KVFormat | None:
             raise EngineConfigError(
                 f"k_quant and v_quant are both numbers of bits or both names of vllm-metal, not {spec!r}"
             )
-        return KVFormat.parse("k{}v{}".format(*widths))
-    return KVFormat.parse(spec)
+        return ModelFormat.parse("k{}v{}".format(*widths))
+    return ModelFormat.parse(spec)
 
 
-def _servable(fmt: KVFormat) -> KVFormat:
-    """The format, if the kernels can store and attend to it."""
+def _check_layers(fmt: ModelFormat, config: Any) -> None:
+    """Refuse formats of layers that do not exist or are not compressed, as far as the configuration tells."""
+    text = getattr(config.model_config, "hf_text_config", None)
+    layers = getattr(text, "num_hidden_layers", None)
+    if isinstance(layers, int):
+        fmt.require_layers(layers)
+    skipped = {str(layer) for layer in config.cache_config.kv_cache_dtype_skip_layers or ()}
+    if fmt.uniform or not skipped:
+        return
+    if both := [str(layer) for layer, _ in fmt.overrides if str(layer) in skipped]:
+        raise EngineConfigError(
+            f"format {str(fmt)!r} has formats for layers {', '.join(both)}, and --kv-cache-dtype-skip-layers leaves "
+            "them uncompressed: drop one of them"
+        )
+    if "sliding_window" in skipped:
+        raise EngineConfigError(
+            f"format {str(fmt)!r}: beside layers with a window vLLM makes the blocks of all layers equal in bytes, and "
+            "those of different formats are not: use one format for all layers"
+        )
+
+
+def _check_servable(fmt: KVFormat) -> None:
+    """Refuse a format that the kernels cannot store or attend to."""
     try:
         fmt.require_built()
     except NotBuiltError as error:
@@ -146,4 +172,3 @@ def _servable(fmt: KVFormat) -> KVFormat:
                 f"format {str(fmt)!r}: vLLM runs on the kernels for 1 to 8 bits, and {name} is {side.name}. Use k8v8 "
                 "or fewer bits; vLLM has bf16 and fp8 caches of its own"
             )
-    return fmt
