@@ -51,10 +51,17 @@ class PageAllocator:
 
 @dataclass
 class Held:
-    """One sequence: ``ceil(length / page_size)`` pages, in order, and its tokens."""
+    """One sequence: ``ceil(length / page_size)`` pages, in order, its tokens and what it has of its exact ones.
+
+    Attributes:
+        row: Where its exact tokens are: a number that no other sequence has.
+        exact_from: First position of which the exact tail has anything; ``length`` if it has nothing.
+    """
 
     table: list[int]
     length: int
+    row: int
+    exact_from: int
 
 
 class Sequences:
@@ -64,10 +71,11 @@ class Sequences:
         num_pages: Pages to give out, numbered from 0.
         page_size: Tokens in a page.
         device: Where block tables, lengths and slots are wanted.
+        tail: Last tokens of a sequence that are also kept exactly.
     """
 
-    def __init__(self, num_pages: int, page_size: int, device: torch.device | str) -> None:
-        self.num_pages, self.page_size = whole("num_pages", num_pages, 1), page_size
+    def __init__(self, num_pages: int, page_size: int, device: torch.device | str, tail: int = 0) -> None:
+        self.num_pages, self.page_size, self.tail = whole("num_pages", num_pages, 1), page_size, tail
         self.device = torch.device(device)
         self._allocator = PageAllocator(self.num_pages)
         self._held: dict[int, Held] = {}
@@ -91,12 +99,12 @@ class Sequences:
 
     def new_sequence(self) -> int:
         """An empty sequence. Numbers are never given out twice."""
-        return self._add([], 0)
+        return self._add([], 0, 0)
 
     def fork(self, seq: int) -> int:
         """A new sequence of the same tokens, sharing all pages. Store what was reserved before you fork."""
         source = self._sequence(seq)
-        return self._add(source.table, source.length)
+        return self._add(source.table, source.length, source.exact_from)
 
     def truncate(self, seq: int, length: int) -> None:
         """Forget the tokens from position ``length`` on, and give back the pages that held nothing else.
@@ -113,6 +121,7 @@ class Sequences:
         self._allocator.release(reversed(held.table[keep:]))
         del held.table[keep:]
         held.length = length
+        held.exact_from = min(held.exact_from, length)
         self._changes += 1
 
     def free(self, seq: int) -> None:
@@ -148,6 +157,7 @@ class Sequences:
                 moves.append((shared, held.table[-1]))
             held.table += [next(fresh) for _ in range(pages)]
             held.length += count
+            held.exact_from = max(held.exact_from, held.length - self.tail)
         self._changes += 1
         return moves
 
@@ -167,11 +177,13 @@ class Sequences:
             self._batch = (key, self.block_table(seqs), self.seq_lens(seqs))
         return self._batch[1:]
 
-    def _add(self, table: Sequence[int], length: int) -> int:
-        """A new sequence that shares these pages."""
+    def _add(self, table: Sequence[int], length: int, exact_from: int) -> int:
+        """A new sequence that shares these pages, with the lowest row that is free."""
         self._allocator.share(table)
         seq, self._next_id = self._next_id, self._next_id + 1
-        self._held[seq] = Held(list(table), length)
+        taken = {held.row for held in self._held.values()}
+        row = next(row for row in range(len(taken) + 1) if row not in taken)
+        self._held[seq] = Held(list(table), length, row, exact_from)
         return seq
 
     def _sequence(self, seq: int) -> Held:

@@ -4,6 +4,11 @@
     header        JSON, padded with spaces: "__metadata__" (all strings), "pages", "tables"
     pages         uint8 [num_layers, num_pages, num_kv_heads, page_bytes], each saved page once
     tables        int32 [pages of all sequences]: each sequence's pages in order, one sequence after the other
+    exact_k       [num_layers, exact tokens of all sequences, num_kv_heads, head_size] in the metadata's dtype
+    exact_v       [num_layers, exact tokens of all sequences, num_kv_heads, head_size_v]
+
+The last two are in files of version 2: those of formats with exact sinks or a tail. Of each sequence they have the
+sinks, and then the tokens from its ``exact_from`` on that are no sinks, in order. Other files are of version 1.
 
 The checksum is BLAKE2b of the whole file with the checksum's own 64 hexadecimal digits read as zeros, so a flipped bit
 is found wherever it is. A header must also be, byte for byte, the one that this module writes for what it says: then
@@ -21,18 +26,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from itertools import chain
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kvfold.errors import FileFormatError, FormatError, NotBuiltError
+from kvfold.exact_rows import DTYPES as EXACT_DTYPES
+from kvfold.exact_rows import kept
 from kvfold.formats import TILE, KVFormat
 from kvfold.layout import PageLayout
 
 MAGIC = "kvfold-pages"
-VERSION = 1
+VERSIONS = ("1", "2")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in EXACT_DTYPES}
 
+_SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DIGEST_BYTES = 32
 _NO_CHECKSUM = "0" * (2 * _DIGEST_BYTES)
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -50,6 +60,7 @@ class Geometry:
         head_size: Coordinates of a key.
         head_size_v: Coordinates of a value.
         page_size: Tokens in a page.
+        dtype: Of exact tokens, a key of :data:`DTYPES`; None if the format has none.
     """
 
     format: str
@@ -58,6 +69,17 @@ class Geometry:
     head_size: int
     head_size_v: int
     page_size: int
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ((None,) if self.version == "1" else DTYPES):
+            raise ValueError(f"{self.dtype} is no dtype of exact tokens of {self.format}")
+
+    @property
+    def version(self) -> str:
+        """Of files of this geometry."""
+        fmt = KVFormat.parse(self.format)
+        return "2" if fmt.sinks or fmt.tail else "1"
 
     @property
     def layout(self) -> PageLayout:
@@ -66,6 +88,11 @@ class Geometry:
     def layer_shape(self, num_pages: int) -> tuple[int, int, int]:
         """Shape of the pages of one layer: ``(num_pages, num_kv_heads, page_bytes)``."""
         return self.layout.page_shape(num_pages, self.num_kv_heads)
+
+    def exact_shapes(self, tokens: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Shapes of the exact K and V of one layer: ``(tokens, num_kv_heads, head size)``."""
+        heads = (tokens, self.num_kv_heads)
+        return (*heads, self.head_size), (*heads, self.head_size_v)
 
 
 @dataclass(frozen=True)
@@ -76,11 +103,19 @@ class Contents:
         geometry: Format and shapes.
         num_pages: Pages of each layer in the file.
         lengths: Tokens of each sequence.
+        exact_from: First position of each sequence's exact tail; its length if it has none.
     """
 
     geometry: Geometry
     num_pages: int
     lengths: tuple[int, ...]
+    exact_from: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        tail = KVFormat.parse(self.geometry.format).tail
+        pairs = zip(self.lengths, self.exact_from, strict=True)
+        if any(not max(0, length - tail) <= first <= length for length, first in pairs):
+            raise ValueError("an exact tail begins where it cannot")
 
     @property
     def table_sizes(self) -> list[int]:
@@ -93,27 +128,73 @@ class Contents:
         return pages * heads * page_bytes
 
     @property
+    def exact_tokens(self) -> int:
+        """Exact tokens of all sequences."""
+        fmt = KVFormat.parse(self.geometry.format)
+        pairs = zip(self.lengths, self.exact_from, strict=True)
+        return sum(len(part) for length, first in pairs for part in kept(fmt, length, first))
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, list[int], int]]:
+        """The tensors of the file in their order: dtype, shape and bytes."""
+        layers = self.geometry.num_layers
+        shape = [layers, *self.geometry.layer_shape(self.num_pages)]
+        tensors = {
+            "pages": ("U8", shape, layers * self.layer_bytes),
+            "tables": ("I32", [sum(self.table_sizes)], 4 * sum(self.table_sizes)),
+        }
+        if self.geometry.dtype is not None:
+            size = DTYPES[self.geometry.dtype].itemsize
+            for name, each in zip(("exact_k", "exact_v"), self.geometry.exact_shapes(self.exact_tokens), strict=True):
+                tensors[name] = (_SAFETENSORS[self.geometry.dtype], [layers, *each], layers * prod(each) * size)
+        return tensors
+
+    def offset(self, name: str) -> int:
+        """Bytes between the header and a tensor."""
+        sizes = {each: size for each, (_, _, size) in self.tensors.items()}
+        return sum(sizes[each] for each in list(sizes)[: list(sizes).index(name)])
+
+    @property
     def data_bytes(self) -> int:
         """Bytes of the file after its header."""
-        return self.geometry.num_layers * self.layer_bytes + 4 * sum(self.table_sizes)
+        return sum(size for _, _, size in self.tensors.values())
 
     def header(self, checksum: str) -> bytes:
         """The beginning of the file, up to the first byte of the pages."""
-        metadata = {"magic": MAGIC, "version": str(VERSION)}
-        metadata |= {name: str(value) for name, value in asdict(self.geometry).items()}
-        metadata |= {"num_pages": str(self.num_pages), "lengths": json.dumps(self.lengths), "checksum": checksum}
-        shape = [self.geometry.num_layers, *self.geometry.layer_shape(self.num_pages)]
-        end = self.geometry.num_layers * self.layer_bytes
-        pages = {"dtype": "U8", "shape": shape, "data_offsets": [0, end]}
-        tables = {"dtype": "I32", "shape": [sum(self.table_sizes)], "data_offsets": [end, self.data_bytes]}
-        body = json.dumps({"__metadata__": metadata, "pages": pages, "tables": tables}).encode()
+        metadata = {"magic": MAGIC, "version": self.geometry.version}
+        metadata |= {name: str(value) for name, value in asdict(self.geometry).items() if value is not None}
+        metadata |= {"num_pages": str(self.num_pages), "lengths": json.dumps(self.lengths)}
+        if self.geometry.dtype is not None:
+            metadata["exact_from"] = json.dumps(self.exact_from)
+        metadata["checksum"] = checksum
+        entries: dict[str, Any] = {"__metadata__": metadata}
+        begin = 0
+        for name, (dtype, shape, size) in self.tensors.items():
+            entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
+            begin += size
+        body = json.dumps(entries).encode()
         body += b" " * (-len(body) % 8)
         return len(body).to_bytes(8, "little") + body
 
 
+class Exact(NamedTuple):
+    """The exact tokens of the sequences that are written.
+
+    Attributes:
+        k: ``[num_layers, rows, tokens of a row, num_kv_heads, head_size]`` on any device. v: with head_size_v.
+        exact_from: As in :class:`Contents`.
+        where: Which tokens of all rows, in the order of the file.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    exact_from: Sequence[int]
+    where: Sequence[int]
+
+
 def write(
     path: str | os.PathLike[str], geometry: Geometry, pages: torch.Tensor, tables: Sequence[Sequence[int]],
-    lengths: Sequence[int],
+    lengths: Sequence[int], exact: Exact | None = None,
 ) -> None:  # fmt: skip
     """Write some sequences, whole or not at all: a temporary file beside ``path`` takes its name in the end.
 
@@ -126,6 +207,7 @@ def write(
         pages: uint8 ``[num_layers, num_pages, num_kv_heads, page_bytes]`` on any device.
         tables: For each sequence its pages.
         lengths: For each sequence its tokens.
+        exact: Their exact tokens, of a format that has any.
 
     Raises:
         OSError: The file cannot be written. Nothing is left behind.
@@ -137,13 +219,14 @@ def write(
         for index, page in enumerate(table):
             filled[page] = max(min(geometry.page_size, length - index * geometry.page_size), filled.get(page, 0))
     row = {page: number for number, page in enumerate(filled)}
-    contents = Contents(geometry, len(filled), tuple(lengths))
+    contents = Contents(geometry, len(filled), tuple(lengths), tuple(lengths if exact is None else exact.exact_from))
     header = contents.header(_NO_CHECKSUM)
     digest = blake2b(header, digest_size=_DIGEST_BYTES)
     try:
         with open(temporary, "xb") as file:
             file.write(header)
-            for part in chain(_layers(geometry.layout, pages, filled), [_table_bytes(row, tables)]):
+            packed = _layers(geometry.layout, pages, filled)
+            for part in chain(packed, [_table_bytes(row, tables)], _exact_layers(exact)):
                 digest.update(part)
                 file.write(part)
             file.seek(0)
@@ -175,6 +258,16 @@ def _bytes_from(layout: PageLayout, token: int) -> torch.Tensor:
 
 def _table_bytes(row: dict[int, int], tables: Sequence[Sequence[int]]) -> bytes:
     return b"".join(row[page].to_bytes(4, "little") for table in tables for page in table)
+
+
+def _exact_layers(exact: Exact | None) -> Iterator[Any]:
+    """For each layer the bytes of the exact K, and then for each of the exact V."""
+    if exact is None:
+        return
+    where = torch.tensor(exact.where, dtype=torch.int64, device=exact.k.device)
+    for x in (exact.k, exact.v):
+        for layer in x:
+            yield layer.flatten(0, 1)[where].cpu().view(-1).view(torch.uint8).numpy()
 
 
 class PageFile:
@@ -227,6 +320,19 @@ class PageFile:
                 raise self._refusal("became shorter while it was read")
             layer[target] = buffer.to(pages.device)
 
+    def read_exact_into(self, k: torch.Tensor, v: torch.Tensor, where: Sequence[int]) -> None:
+        """Copy the file's exact tokens to the tokens ``where`` of all rows, layer by layer: as in :class:`Exact`."""
+        target = torch.tensor(where, dtype=torch.int64, device=k.device)
+        shapes = self.contents.geometry.exact_shapes(self.contents.exact_tokens)
+        self._file.seek(self._data_start + self.contents.offset("exact_k"))
+        for x, shape in zip((k, v), shapes, strict=True):
+            buffer = torch.empty(prod(shape) * x.itemsize, dtype=torch.uint8)
+            memory: Any = buffer.numpy()
+            for layer in x:
+                if self._file.readinto(memory) != buffer.nbytes:
+                    raise self._refusal("became shorter while it was read")
+                layer.flatten(0, 1)[target] = buffer.view(x.dtype).view(shape).to(x.device)
+
     def _refusal(self, reason: str) -> FileFormatError:
         return FileFormatError(f"{self.path} {reason}; nothing was loaded")
 
@@ -244,8 +350,9 @@ class PageFile:
             raise self._refusal(f"is no {MAGIC} file, or damaged: it has no readable safetensors metadata") from None
         if metadata.get("magic") != MAGIC:
             raise self._refusal(f"is no {MAGIC} file: its magic is {metadata.get('magic')!r}")
-        if metadata.get("version") != str(VERSION):
-            raise self._refusal(f"has version {metadata.get('version')!r}, and this kvfold reads version {VERSION}")
+        if metadata.get("version") not in VERSIONS:
+            known = " and ".join(VERSIONS)
+            raise self._refusal(f"has version {metadata.get('version')!r}, and this kvfold reads versions {known}")
         try:
             self.contents = _contents(metadata)
             self._checksum = str(metadata["checksum"])
@@ -268,8 +375,8 @@ class PageFile:
             raise self._refusal("is damaged: its checksum does not match its bytes")
 
     def _read_tables(self) -> None:
-        self._file.seek(self._data_start + self.contents.geometry.num_layers * self.contents.layer_bytes)
-        raw = self._file.read()
+        self._file.seek(self._data_start + self.contents.offset("tables"))
+        raw = self._file.read(4 * sum(self.contents.table_sizes))
         numbers = [int.from_bytes(raw[i : i + 4], "little") for i in range(0, len(raw), 4)]
         if set(numbers) != set(range(self.contents.num_pages)):
             raise self._refusal("is damaged: its tables name pages that it does not have, or leave some out")
@@ -278,9 +385,12 @@ class PageFile:
 
 
 def _contents(metadata: dict[str, str]) -> Contents:
-    numbers = {f.name: int(metadata[f.name]) for f in fields(Geometry) if f.name != "format"}
+    numbers = {f.name: int(metadata[f.name]) for f in fields(Geometry) if f.name not in ("format", "dtype")}
     lengths = tuple(json.loads(metadata["lengths"]))
+    exact_from = tuple(json.loads(metadata["exact_from"])) if "dtype" in metadata else lengths
     num_pages = int(metadata["num_pages"])
-    if min(numbers.values()) < 1 or num_pages < 0 or any(type(length) is not int or length < 0 for length in lengths):
+    counts = (*lengths, *exact_from)
+    if min(numbers.values()) < 1 or num_pages < 0 or any(type(count) is not int or count < 0 for count in counts):
         raise ValueError("a count is no whole number")
-    return Contents(Geometry(format=str(KVFormat.parse(metadata["format"])), **numbers), num_pages, lengths)
+    geometry = Geometry(format=str(KVFormat.parse(metadata["format"])), **numbers, dtype=metadata.get("dtype"))
+    return Contents(geometry, num_pages, lengths, exact_from)

@@ -97,6 +97,17 @@ class Refused:
         assert state(self.cache) == self.before
 
 
+EXACT = "k4v4+sinks3+tail6"
+
+
+@pytest.fixture
+def saved_exact(tmp_path: Path) -> Path:
+    """The family in a format with exact tokens, of which a truncated sequence has fewer."""
+    path = tmp_path / "exact.safetensors"
+    family(format=EXACT, dtype=torch.float32).save(path)
+    return path
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "cache.safetensors"
@@ -220,6 +231,140 @@ def test_tokens_of_others_are_not_saved(tmp_path: Path) -> None:
             cache.save(path, both)
             assert_same(cache, both, PagedKVCache.load_file(path), [0, 1])
     assert images[0] == images[1]
+
+
+# --- exact sinks and tails: version 2 ---------------------------------------------------------------------------------
+
+
+def exact_tokens(cache: PagedKVCache, seqs: list[int]) -> list[torch.Tensor]:
+    """K and V ``[num_layers, n, H, d]`` of the exact tokens of each sequence, in order of position."""
+    assert cache.exact is not None
+    places = [cache.exact.places([cache._held[seq]]) for seq in seqs]
+    return [x.flatten(1, 2)[:, where] for where in places for x in (cache.exact.k, cache.exact.v)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("format", [EXACT, "k4v4+sinks20", "k4v3t+mean+tail9"])
+def test_exact_tokens_round_trip(tmp_path: Path, format: str, dtype: torch.dtype) -> None:
+    cache, path = make(format=format, dtype=dtype), tmp_path / "file"
+    for n in (0, 2, 25, 41):
+        k, v = (torch.randn(LAYERS, n, HEADS, size).to(dtype) for size in (DK, DV))
+        cache.append(cache.new_sequence(), k, v)
+    cache.truncate(3, 38)
+    cache.save(path)
+    fresh = make(20, format=format, dtype=dtype)
+    fresh.free(fresh.new_sequence())
+    others = PagedKVCache.load_file(path, num_pages=20), fresh
+    for other, seqs in zip(others, ([0, 1, 2, 3], fresh.restore(path)), strict=True):
+        assert other.exact is not None
+        assert other.exact.dtype == dtype
+        assert_same(cache, cache.sequences, other, seqs)
+        assert [other._held[seq].exact_from for seq in seqs] == [cache._held[seq].exact_from for seq in [0, 1, 2, 3]]
+        for x, y in zip(exact_tokens(cache, [0, 1, 2, 3]), exact_tokens(other, seqs), strict=True):
+            assert torch.equal(x, y)
+        # they go on alike
+        q = torch.randn(4, 1, 4, DK).to(dtype)
+        k, v = (torch.randn(LAYERS, 4, HEADS, size).to(dtype) for size in (DK, DV))
+        outs = []
+        for one, names in ((PagedKVCache.load_file(path, num_pages=20), [0, 1, 2, 3]), (other, seqs)):
+            slots = one.extend(dict.fromkeys(names, 1))
+            one.store(1, k[1], v[1], slots)
+            outs.append(one.decode(1, q, names, scale=0.25)[0])
+        assert torch.equal(*outs)
+
+
+def test_a_file_with_exact_tokens_says_what_it_is(saved_exact: Path) -> None:
+    with safe_open(saved_exact, "pt") as file:
+        metadata = file.metadata()
+        exact_k, exact_v = file.get_tensor("exact_k"), file.get_tensor("exact_v")
+        assert set(file.keys()) == {"pages", "tables", "exact_k", "exact_v"}
+    assert {name: metadata[name] for name in ("version", "dtype", "lengths", "exact_from")} == {
+        "version": "2", "dtype": "float32", "lengths": "[40, 41, 41, 0, 16]", "exact_from": "[34, 35, 35, 0, 10]",
+    }  # fmt: skip
+    assert exact_k.shape == (LAYERS, 4 * (3 + 6), HEADS, DK)
+    assert exact_v.shape == (LAYERS, 4 * (3 + 6), HEADS, DV)
+    cache = family(format=EXACT, dtype=torch.float32)
+    ks, vs = (torch.cat(exact_tokens(cache, cache.sequences)[i::2], dim=1) for i in (0, 1))
+    assert torch.equal(exact_k, ks)
+    assert torch.equal(exact_v, vs)
+
+
+def test_exact_tokens_of_others_are_not_saved(tmp_path: Path) -> None:
+    images = []
+    for poison in (0.0, torch.nan):
+        cache = make(format=EXACT, dtype=torch.float32)
+        seq = cache.new_sequence()
+        assert cache.exact is not None
+        cache.exact.k.fill_(poison)
+        append(cache, seq, 2, 0)
+        cache.save(tmp_path / "file")
+        images.append((tmp_path / "file").read_bytes())
+    assert images[0] == images[1]
+
+
+def test_damaged_files_with_exact_tokens(saved_exact: Path) -> None:
+    whole = saved_exact.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    chance = random.Random(2)
+    refused = Refused(format=EXACT, dtype=torch.float32)
+    for place in [*range(header), *chance.sample(range(header, len(whole)), 200), len(whole) - 1]:
+        damaged = bytearray(whole)
+        damaged[place] ^= chance.randrange(1, 256)
+        saved_exact.write_bytes(damaged)
+        with pytest.raises(FileFormatError):
+            refused.cache.restore(saved_exact)
+    for length in (header, len(whole) - 1, len(whole) - 4 * DV, *chance.sample(range(len(whole)), 30)):
+        saved_exact.write_bytes(whole[:length])
+        refused(saved_exact, "truncated|damaged")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "1"}, {"dtype": "float64"}, {"dtype": "F32"}, {"dtype": "bfloat16"}, {"format": "k4v4"},
+        {"format": "k4v4+sinks3+tail5"}, {"exact_from": "[33, 35, 35, 0, 10]"}, {"exact_from": "[35, 35, 35, 0, 10]"},
+        {"exact_from": "[34, 35, 35, 0, 17]"}, {"exact_from": "[34, 35, 35, 0]"}, {"exact_from": "[34, 35, 35, -1, 9]"},
+        {"exact_from": "34"}, {"exact_from": "[34, 35, 35, 0.0, 10]"},
+    ],
+)  # fmt: skip
+def test_forged_metadata_of_exact_tokens(saved_exact: Path, change: dict[str, object]) -> None:
+    forge(saved_exact, lambda header: header["__metadata__"].update(change))
+    Refused(format=EXACT, dtype=torch.float32)(saved_exact, "damaged")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": torch.bfloat16}, "dtype float32 in the file, bfloat16 here"),
+        ({"format": "k4v4"}, r"format k4v4\+sinks3\+tail6 in the file, k4v4 here; dtype float32 in the file, None"),
+        ({"format": "k4v4+tail6"}, r"format k4v4\+sinks3\+tail6 in the file, k4v4\+tail6 here"),
+    ],
+)
+def test_other_caches_of_exact_tokens(saved_exact: Path, changes: dict[str, Any], message: str) -> None:
+    cache = make(**{"format": EXACT, "dtype": torch.float32} | changes)
+    before = state(cache)
+    with pytest.raises(FileFormatError, match=message):
+        cache.restore(saved_exact)
+    assert state(cache) == before
+
+
+def test_a_file_that_loses_its_exact_tokens_while_it_is_read(
+    saved_exact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Refused(format=EXACT, dtype=torch.float32).cache
+    before, tokens = state(cache), exact_tokens(cache, [0])
+    read_into = PageFile.read_into
+
+    def read_into_and_cut(file: PageFile, *args: Any) -> None:
+        read_into(file, *args)
+        os.truncate(saved_exact, saved_exact.stat().st_size - 100)
+
+    monkeypatch.setattr(PageFile, "read_into", read_into_and_cut)
+    with pytest.raises(FileFormatError, match="shorter while it was read"):
+        cache.restore(saved_exact)
+    assert state(cache)[:3] == before[:3]
+    for x, y in zip(exact_tokens(cache, [0]), tokens, strict=True):
+        assert torch.equal(x, y)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -381,16 +526,17 @@ def forge(path: Path, change: Callable[[dict[str, Any]], None], tables: list[int
     path.write_bytes(with_checksum(blake2b(with_checksum("0" * 64), digest_size=32).hexdigest()))
 
 
-def test_a_forgery_without_changes_is_a_good_file(saved: Path) -> None:
-    before = saved.read_bytes()
-    forge(saved, lambda header: None)
-    assert saved.read_bytes() == before
+def test_a_forgery_without_changes_is_a_good_file(saved: Path, saved_exact: Path) -> None:
+    for path in (saved, saved_exact):
+        before = path.read_bytes()
+        forge(path, lambda header: None)
+        assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("version", ["0", "2", "1.0", "", 1, None])
+@pytest.mark.parametrize("version", ["0", "3", "1.0", "", 1, None])
 def test_other_versions(saved: Path, version: object) -> None:
     forge(saved, lambda header: header["__metadata__"].update(version=version))
-    Refused()(saved, f"has version {version!r}, and this kvfold reads version 1")
+    Refused()(saved, f"has version {version!r}, and this kvfold reads versions 1 and 2")
 
 
 @pytest.mark.parametrize(
@@ -403,6 +549,7 @@ def test_other_versions(saved: Path, version: object) -> None:
         {"num_pages": "9" * 5000}, {"lengths": "[40, 41, 41, 0]"}, {"lengths": "[40, 41, 41, -1, 16]"},
         {"lengths": "[40, 41, 41, 0, 16.0]"}, {"lengths": "[40, 41, 41, 0, 33]"}, {"lengths": "{}"}, {"lengths": "5"},
         {"lengths": [40, 41, 41, 0, 16]}, {"lengths": "["}, {"lengths": "[40, true, 41, 0, 16]"}, {"extra": "1"},
+        {"version": "2"}, {"format": "k4v4+tail6"}, {"dtype": "float32"}, {"exact_from": "[40, 41, 41, 0, 16]"},
     ],
 )  # fmt: skip
 def test_forged_metadata(saved: Path, change: dict[str, object]) -> None:

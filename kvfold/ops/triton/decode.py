@@ -382,8 +382,9 @@ def _reference_scores(
     """Scores ``[TOKENS, ROWS]`` of the queries with the key references of the pages that begin at ``page_byte``."""
     unit = tl.arange(0, K.units)
     s = tl.zeros((TOKENS, ROWS * (2 if STACKED else 1)), tl.float32)
-    for field in tl.static_range(K.fields):
-        coordinate = unit * K.fields + field
+    fields: tl.constexpr = K.fields
+    for field in tl.static_range(fields):
+        coordinate = unit * fields + field
         address = pages + (page_byte[:, None] + (REFERENCE + coordinate)[None, :])
         code = tl.load(address, mask=(coordinate < K.head_size)[None, :], other=0).to(tl.float16)
         if not STACKED:
