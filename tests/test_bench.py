@@ -123,7 +123,7 @@ def test_page_tables_are_disjoint_and_complete() -> None:
     assert used.tolist() != sorted(used.tolist())
 
 
-@pytest.mark.parametrize("spec", ["k4v4", "k3v3", "k2v2", "k4v3", "k8v1"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v3", "k2v2", "k4v3", "k8v1", "k4v4+mean", "k4tv2t"])
 def test_random_pages_hold_finite_vectors_of_size_one(spec: str) -> None:
     layout = PageLayout.of(spec, 64, None, 32)
     pages = ours.random_pages(layout, 5, 2, CPU.device)
@@ -134,7 +134,7 @@ def test_random_pages_hold_finite_vectors_of_size_one(spec: str) -> None:
 
 
 @pytest.mark.parametrize("case", [DECODE, RAGGED, PREFILL, STORE], ids=lambda case: case.name)
-@pytest.mark.parametrize("spec", ["k4v4", "k2v3"])
+@pytest.mark.parametrize("spec", ["k4v4", "k2v3", "k4v3+mean", "k3tv4"])
 def test_our_kernels_run_and_are_right(case: Case, spec: str) -> None:
     fmt = KVFormat.parse(spec)
     (kernel,) = ours.contender(fmt, "cpu").prepare(case, CPU)
@@ -172,6 +172,7 @@ def test_dense_attention_is_causal() -> None:
 
 def test_store_formats_have_one_and_three_candidates() -> None:
     assert [str(fmt) for fmt in ours.store_formats(K4V4)] == ["k4v4+pre1", "k4v4"]
+    assert [str(fmt) for fmt in ours.store_formats(KVFormat.parse("k4tv3"))] == ["k4tv3+pre1", "k4tv3"]
 
 
 # --- rivals -----------------------------------------------------------------------------------------------------------
@@ -490,9 +491,7 @@ def test_a_plot(tmp_path: Path) -> None:
         ("", "`kvfold compare`"),
         ("--shapes 9x9", "argument --shapes: no shape is called '9x9'; there are 8x32768"),
         ("--format k4v4+sinks4", "leave them out"),
-        ("--format k4v4+mean", "leave +mean out"),
         ("--format fp8", "random codes"),
-        ("--format k4tv4t", "random codes"),
         ("--format k9v9", "unknown format"),
         ("--backend cpu", "choose from"),
         ("--replays 0", "--replays"),

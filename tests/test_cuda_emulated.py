@@ -7,35 +7,27 @@ only a GPU can tell (that they compile for one, graphs, streams, speed) is in ``
 from __future__ import annotations
 
 import ctypes
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import emulator
 import pytest
 import torch
+from cuda_cases import BF16, F16, F32, attend, check, compare, pick, queries, same, stored, truth
 from emulator import BLOCKS_BACKWARDS, LATE_COPIES, SEED, THREADS_BACKWARDS, EmulatedDevice, emulated_device
 from emulator.device import STRUCTURES
 from emulator.ptx import UnknownInstructionError, translate
-from ops_cases import Cache, State, decode_records, empty_cache, expected, fill, make_cache, noise, sees
+from ops_cases import empty_cache, fill, make_cache, noise
 
 from kvfold import ops
-from kvfold.errors import FormatError, ShapeError
+from kvfold.errors import ShapeError
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda import decode, dense, expand, prefill, runtime, store
+from kvfold.ops.cuda import decode, expand, prefill, references, runtime, store
 from kvfold.ops.options import AttentionOptions
-from kvfold.rotation import rotate
 
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-TOLERANCE = {BF16: 4e-3, F16: 1e-3, F32: 5e-4}
-"""Largest error of a row of the output, relative to its norm. Rounding to bfloat16 alone makes 1.7e-3."""
 
 
 @pytest.fixture
@@ -128,10 +120,12 @@ def test_asm_statements_are_translated() -> None:
 
 def test_python_and_cuda_agree_on_structures(device: EmulatedDevice) -> None:
     """Sizes of the parameters are checked at every launch; here each member's place."""
-    layout = PageLayout.of("k4v4", 128)
+    layout, trellis = PageLayout.of("k4v4", 128), PageLayout.of("k3tv3t", 128)
     inputs, none = (BF16, True), torch.device("cpu")
     kernels = [
         device.kernel("store.cu", "store", none, **store._defines(layout, inputs, inputs)),
+        device.kernel("store_trellis.cu", "store_trellis", none, **store._defines(trellis, inputs, inputs)),
+        device.kernel("references.cu", "open_pages", none, **references._defines(layout, *inputs)),
         device.kernel("expand.cu", "expand", none, **expand._defines(layout, F16, False)),
         prefill._merge_kernel(layout, 3, True, BF16, 0)[0],
         decode._kernel(layout, 0, 1, BF16, False, False, False)[0],
@@ -142,535 +136,7 @@ def test_python_and_cuda_agree_on_structures(device: EmulatedDevice) -> None:
             assert kernel.layout(name) == [ctypes.sizeof(structure), *offsets], name  # type: ignore[attr-defined]
 
 
-# --- store ------------------------------------------------------------------------------------------------------------
-
-
-def poisoned(layout: PageLayout, num_pages: int, heads: int) -> torch.Tensor:
-    return torch.randint(0, 256, layout.page_shape(num_pages, heads), dtype=torch.uint8)
-
-
-def records(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    return Cache(layout, pages, torch.empty(0), torch.empty(0)).records(slots)
-
-
-def stored_pages(
-    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
-) -> torch.Tensor:
-    """The pages after either kernel stored in a copy of them, that for few tokens and that for many: the same bytes."""
-    few, many = pages.clone(), pages.clone()
-    for got, vectors in ((few, 2**31), (many, 0)):
-        with mock.patch.object(store, "_FEW", vectors):
-            ops.store_kv(k, v, got, slots, layout)
-    assert torch.equal(few, many), f"the kernels differ in {int((few != many).sum())} bytes"
-    return few
-
-
-def check_store(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
-    """The kernel writes the reference's bytes but for ties, and nothing else.
-
-    At most 1e-4 of the bytes differ, or parts of one vector, and the errors of their vectors agree within 2 %.
-    """
-    got = stored_pages(k, v, pages, slots, layout)
-    kept = slots >= 0
-    others = torch.tensor(sorted(set(range(len(pages) * layout.page_size)) - set(slots[kept].tolist())))
-    assert torch.equal(records(got, others, layout), records(pages, others, layout)), "other tokens' bytes"
-    mine, want = records(got, slots[kept], layout), layout.encode(k[kept], v[kept])
-    differ = mine != want
-    assert int(differ.sum()) <= max(1e-4 * want.numel(), layout.token_bytes / 2), f"{int(differ.sum())} bytes differ"
-    tokens = differ.any(-1)
-    originals = (k[kept][tokens].double(), v[kept][tokens].double())
-    pairs = zip(decode_records(mine[tokens], layout), decode_records(want[tokens], layout), strict=True)
-    for original, (x, y) in zip(originals, pairs, strict=True):
-        torch.testing.assert_close((x - original).norm(dim=-1), (y - original).norm(dim=-1), rtol=0.02, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("spec", "dtype", "page_size"),
-    [
-        ("k4v4", BF16, 64), ("k3v3", F16, 16), ("k2v2", F32, 32), ("k4v2+nc+pre1", F32, 16), ("k2v3+plain", F16, 64),
-        ("k3v4+mse+pre5", BF16, 32),
-    ],
-)  # fmt: skip
-def test_scattered_tokens(spec: str, dtype: torch.dtype, page_size: int, device: EmulatedDevice) -> None:
-    layout = PageLayout.of(spec, 128, page_size=page_size)
-    slots = torch.randperm(192)[:75]
-    slots[::7] = -1 - slots[::7]
-    k, v = noise(75, 3, 128, seed=1, dtype=dtype), noise(75, 3, 128, seed=2, dtype=dtype)
-    check_store(k, v, poisoned(layout, 192 // page_size, 3), slots, layout)
-
-
-@pytest.mark.parametrize("begin", [0, 3, 16, 61])
-@pytest.mark.parametrize("tokens", [1, 17, 64, 100])
-def test_consecutive_tokens(tokens: int, begin: int, device: EmulatedDevice) -> None:
-    """Prefill writes V four tokens at a time, wherever it begins."""
-    layout = PageLayout.of("k4v3+pre1", 128, page_size=32)
-    k, v = noise(tokens, 2, 128, seed=1, dtype=BF16), noise(tokens, 2, 128, seed=2, dtype=BF16)
-    check_store(k, v, poisoned(layout, 6, 2), torch.arange(tokens) + begin, layout)
-
-
-STRIDES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "odd slice": lambda x: torch.nn.functional.pad(x, (1, 2))[:, :, 1:-2],
-    "coordinates apart": lambda x: x.repeat_interleave(2, dim=2)[..., ::2],
-    "expanded heads": lambda x: x[:, :1].expand(-1, x.shape[1], -1),
-}
-
-
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("stride", STRIDES)
-def test_strides_do_not_matter(stride: str, dtype: torch.dtype, device: EmulatedDevice) -> None:
-    layout = PageLayout.of("k4v4+pre1", 128, page_size=16)
-    k, v = (STRIDES[stride](noise(20, 3, 128, seed=seed, dtype=dtype)) for seed in (1, 2))
-    pages, slots = poisoned(layout, 2, 3), torch.randperm(32)[:20]
-    got = stored_pages(k, v, pages, slots.repeat_interleave(2)[::2], layout)
-    assert torch.equal(got, stored_pages(k.contiguous(), v.contiguous(), pages, slots, layout))
-
-
-@pytest.mark.parametrize("spec", ["k4v4+pre1", "k3v3+nc+pre1"])
-def test_vectors_of_all_sizes(spec: str, device: EmulatedDevice) -> None:
-    layout = PageLayout.of(spec, 128, page_size=16)
-    size = 10 ** torch.linspace(-30, 30, 40)[:, None, None]
-    k, v = noise(40, 2, 128, seed=1) * size, noise(40, 2, 128, seed=2) * size.flip(0)
-    check_store(k, v, poisoned(layout, 4, 2), torch.randperm(64)[:40], layout)
-
-
-@pytest.mark.parametrize("spec", ["k4v4+pre1", "k4v4"])
-def test_zero_and_non_finite_vectors(spec: str, device: EmulatedDevice) -> None:
-    layout = PageLayout.of(spec, 128, page_size=16)
-    k, v = noise(16, 2, 128, seed=1), noise(16, 2, 128, seed=2)
-    k[3], v[4], v[5] = 0, 0, -0.0
-    for token, value in ((8, torch.nan), (9, torch.inf), (10, -torch.inf)):
-        k[token, 0, 77], v[token, 1, 5] = value, value
-    slots = torch.arange(16)
-    pages = stored_pages(k, v, poisoned(layout, 1, 2), slots, layout)
-    got, want = records(pages, slots, layout), layout.encode(k, v)
-    codes = layout.token_bytes - 4
-    scales, wanted = (x[..., codes:].contiguous().view(BF16) for x in (got, want))
-    assert torch.equal(scales.isnan(), wanted.isnan())
-    assert int(scales.isnan().sum()) == 2 * 3
-    assert torch.equal(scales == 0, wanted == 0)
-    assert (got[..., :codes] == want[..., :codes]).float().mean() > 0.999
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 8, 13, 40])
-@pytest.mark.parametrize("spec", ["k4v4", "k3v2", "k2v3+pre5", "k4v4+nc+pre1"])
-def test_few_tokens_are_stored(spec: str, tokens: int, device: EmulatedDevice) -> None:
-    layout = PageLayout.of(spec, 128, page_size=32)
-    k, v = noise(tokens, 2, 128, seed=1, dtype=BF16), noise(tokens, 2, 128, seed=2, dtype=BF16)
-    slots = torch.randperm(64)[:tokens]
-    slots[1::6] = -1
-    for schedule in (0, BLOCKS_BACKWARDS | THREADS_BACKWARDS, SEED):
-        device.schedule = schedule
-        check_store(k, v, poisoned(layout, 2, 2), slots, layout)
-
-
-@pytest.mark.parametrize("spec", ["k4v4", "k3v3+nc+pre13"])
-def test_storing_at_the_smallest_scales(spec: str, device: EmulatedDevice) -> None:
-    """Of some prescales the scale rounds to zero, of others it does not."""
-    layout = PageLayout.of(spec, 128, page_size=16)
-    k, v = (noise(16, 2, 128, seed=seed) * torch.linspace(3e-41, 1.2e-40, 16)[:, None, None] for seed in (1, 2))
-    assert stored_pages(k, v, poisoned(layout, 1, 2), torch.arange(16), layout).any()
-
-
-# --- expand -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spec", "dtype", "table", "page_size"),
-    [
-        ("k4v4", BF16, torch.int32, 64), ("k3v3", F16, torch.int64, 16), ("k2v2", BF16, torch.int64, 32),
-        ("k3v2", F16, torch.int32, 32), ("k2v4", F16, torch.int32, 16),
-    ],
-)  # fmt: skip
-def test_windows(spec: str, dtype: torch.dtype, table: torch.dtype, page_size: int, device: EmulatedDevice) -> None:
-    layout = PageLayout.of(spec, 128, page_size=page_size)
-    cache = make_cache(layout, (100, 37, 0, 64), heads=2)
-    for starts, tokens in (((0, 0, 0, 0), 104), ((16, 32, 0, 48), 40), ((0, 0, 0, 0), 7)):
-        k_out = torch.full((4, 2, tokens, 128), torch.nan, dtype=dtype)
-        v_out, begin, lengths = k_out.clone(), torch.tensor(starts, dtype=torch.int32), cache.lengths.int()
-        expand.expand_window(cache.pages, cache.table.to(table), layout, begin, lengths, k_out, v_out, tokens=tokens)
-        for b, start in enumerate(starts):
-            length = int(cache.lengths[b])
-            count = max(0, min(length - start, tokens))
-            wanted = layout.decode(cache.records(cache.slots(b)[start : start + count]))
-            for got, want in zip((k_out[b], v_out[b]), wanted, strict=True):
-                assert not got[:, count:].any()
-                rounded = want.transpose(0, 1).to(dtype)
-                assert int((got[:, :count] != rounded).sum()) <= 1e-3 * rounded.numel()
-                torch.testing.assert_close(got[:, :count], rounded, rtol=2**-7, atol=0)
-
-
-def test_the_largest_scales_are_found(device: EmulatedDevice) -> None:
-    layout = PageLayout.of("k3v4", 128, page_size=16)
-    cache = empty_cache(layout, (300, 20), heads=2)
-    for b, length in enumerate((300, 20)):
-        k, v = (noise(length, 2, 128, seed=2 * b + s) * torch.rand(length, 1, 1) * 10**s for s in (1, 2))
-        k[length // 2, 1, 3] = torch.nan
-        fill(cache, b, k, v)
-    starts, lengths = torch.tensor([16, 0], dtype=torch.int32), cache.lengths.int()
-    peaks = expand.find_peaks(cache.pages, cache.table, layout, starts, lengths, tokens=290)
-    seen = torch.cat([cache.records(cache.slots(0)[16:]), cache.records(cache.slots(1))])
-    scales = seen[..., -4:].contiguous().view(BF16).float()  # of K and V
-    assert torch.equal(peaks, scales.nan_to_num(0.0).abs().amax(dim=(0, 1)))
-    whole = expand.find_peaks(cache.pages, cache.table[1:], layout, tokens=20)
-    assert torch.equal(whole, scales[-20:].nan_to_num(0.0).abs().amax(dim=(0, 1)))
-
-
-def test_windows_of_some_heads(device: EmulatedDevice) -> None:
-    layout = PageLayout.of("k4v3", 128, page_size=32)
-    cache = make_cache(layout, (100,), heads=5)
-    plan = expand.plan(layout, F16, False, torch.device("cpu"))
-    for first, heads, start, tokens in ((0, 5, 0, 100), (1, 3, 48, 37), (4, 1, 96, 4)):
-        memory = torch.full((2, heads, tokens + 3, 128), torch.nan, dtype=F16)
-        k, v = memory[:, :, :tokens]
-        expand.expand_heads(
-            plan, cache.pages, cache.table.int(), k, v, torch.tensor([4.0, 0.5]), first=first, start=start
-        )
-        wanted = layout.decode(cache.records(cache.slots(0)[start : start + tokens])[:, first : first + heads])
-        for got, want, power in zip((k, v), wanted, (4, 0.5), strict=True):
-            torch.testing.assert_close(got.float(), want.transpose(0, 1) / power * 1024, rtol=2**-10, atol=1e-6)
-        assert memory[:, :, tokens:].isnan().all()
-
-
-# --- prefill ----------------------------------------------------------------------------------------------------------
-
-
-def cudnn(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """In place of the library's attention: weights are rounded to the dtype, as they are there."""
-    assert q.dtype == k.dtype == v.dtype
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q.double() @ k.double().transpose(-1, -2) * scale
-    if causal:
-        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
-    out = torch.softmax(scores, -1).to(q.dtype).double() @ v.double()
-    return out.to(q.dtype).contiguous(), torch.logsumexp(scores, -1).float()
-
-
-def flash_attn_varlen_func(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool, out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """In place of FlashAttention-3's: the last query of a sequence sees all its keys."""
-    assert q.dtype == k.dtype == v.dtype
-    assert q.dtype in (F16, BF16)
-    assert k.shape == v.shape
-    assert k.isfinite().all()
-    assert v.isfinite().all()
-    assert all(x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == x.data_ptr() % 16 == 0 for x in (q, k, v))
-    for x, bounds, longest in ((q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k)):
-        assert bounds.dtype == torch.int32
-        assert int(bounds[0]) == 0
-        assert int(bounds[-1]) == len(x)
-        assert int(bounds.diff().max()) == longest
-    assert out is None or (out.shape, out.dtype, out.is_contiguous()) == (q.shape, q.dtype, True)
-    out, lse = torch.empty_like(q) if out is None else out, torch.empty(q.shape[1], len(q))
-    for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
-        queries, keys, values = (x.double().transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
-        keys, values = (x.repeat_interleave(len(queries) // len(keys), dim=0) for x in (keys, values))
-        scores = queries @ keys.transpose(-1, -2) * softmax_scale
-        if causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril((k1 - k0) - (q1 - q0))
-            scores = scores.masked_fill(~seen, -torch.inf)
-        weights = torch.softmax(scores, -1).to(q.dtype).double()
-        out[q0:q1], lse[:, q0:q1] = (weights @ values).transpose(0, 1).to(q.dtype), torch.logsumexp(scores, -1).float()
-    return out, lse
-
-
-@pytest.fixture(params=["cudnn", "fa3", "fa3 that allocates"])
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Prefill attention on a library's place, and on chunks of few rows."""
-    monkeypatch.setattr(prefill, "_FEW_ROWS", 4)
-    monkeypatch.setattr(dense, "cudnn", cudnn)
-    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
-    name, _, allocates = request.param.partition(" ")
-    found = dense._Found(flash_attn_varlen_func, takes_out=not allocates)
-    monkeypatch.setattr(dense, "_flash_attention_3", lambda: found)
-    with dense.engine(name):
-        yield name
-
-
-@pytest.mark.parametrize("chunk", ["exact", "packed"])
-@pytest.mark.parametrize(
-    ("spec", "dtype", "heads", "group", "k_size", "v_size"),
-    [
-        ("k4v4", BF16, 2, 2, 1.0, 1.0), ("k3v2", F16, 1, 4, 1.0, 1.0), ("k4v4", BF16, 2, 2, 1e10, 1e-8),
-        ("k2v3", BF16, 1, 1, 1e-6, 1e12),
-    ],
-)  # fmt: skip
-def test_prefill(
-    spec: str, dtype: torch.dtype, heads: int, group: int, k_size: float, v_size: float, chunk: str, engine: str,
-    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Windows of 48 tokens; a chunk of one token goes to the decode kernel."""
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", 48 * 4 * heads * 128)
-    contexts, chunks = (0, 0, 37, 100, 16, 65, 0, 0), (20, 3, 9, 33, 0, 1, 0, 6)
-    layout = PageLayout.of(spec, 128, page_size=16)
-    lengths = [context + count for context, count in zip(contexts, chunks, strict=True)]
-    cache = empty_cache(layout, lengths, heads)
-    own = []
-    for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
-        k = (noise(length, heads, 128, seed=2 * b + 1) * k_size).to(dtype)
-        v = (noise(length, heads, 128, seed=2 * b + 2) * v_size).to(dtype)
-        fill(cache, b, k, v)
-        own.append((k[context:], v[context:]))
-    q = (noise(sum(chunks), heads * group, 128) / k_size).to(dtype)
-    bounds = torch.tensor([0, *chunks]).cumsum(0)
-    exact = {name: torch.cat(parts) for name, parts in zip("kv", zip(*own, strict=True), strict=True)}
-    lens = torch.tensor(contexts if chunk == "exact" else lengths)
-    out, lse = ops.prefill_attention(
-        q, cache.pages, cache.table, lens, bounds, layout, scale=128**-0.5, **exact if chunk == "exact" else {}
-    )
-    for b, (begin, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
-        if begin == end:
-            continue
-        keys, values = cache.vectors(b)
-        if chunk == "exact":
-            keys, values = (
-                torch.cat([x[: contexts[b]], y.double()]) for x, y in zip((keys, values), own[b], strict=True)
-            )
-        want = expected(q[begin:end].float(), keys, values, sees(end - begin, lengths[b]), 128**-0.5)
-        error = (out[begin:end].double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
-        assert error.max() < 2 * TOLERANCE[dtype], b
-        assert (lse[:, begin:end] - want.truth[1]).abs().max() < 5e-3, b
-    assert {name for name, _ in device.launches} == {"peaks", "rotate", "expand", "merge", "decode"}
-
-
-@pytest.mark.parametrize("budget", [80 * 512, 300 * 512, 2**20])
-def test_a_chunk_is_cut_as_its_prefix(budget: int, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention-3: windows that hold part of a chunk, or chunks in several calls."""
-    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
-    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func))
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", budget)
-    layout = PageLayout.of("k4v4", 128, page_size=16)
-    cache = make_cache(layout, (150,), heads=3)
-    q, k, v = (noise(101, count, 128, seed=seed).to(BF16) for seed, count in enumerate((6, 3, 3)))
-    q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
-    sizes = mock.Mock(side_effect=prefill._Windows)
-    with dense.engine("fa3"), mock.patch.object(prefill, "_Windows", sizes):
-        out, lse = ops.prefill_attention(
-            q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 101]), layout, scale=0.1, k=k, v=v
-        )
-    assert 0 < max(call.args[-1] for call in sizes.call_args_list) * 512 <= budget
-    keys, values = (torch.cat([x, y.double()]) for x, y in zip(cache.vectors(0), (k, v), strict=True))
-    want = expected(q.float(), keys, values, sees(101, 251), 0.1)
-    error = (out.double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
-    assert error.max() < 2 * TOLERANCE[BF16]
-    assert (lse - want.truth[1]).abs().max() < 5e-3
-    assert not any(name == "decode" for name, _ in device.launches)
-
-
-@pytest.mark.parametrize(("k_size", "v_size"), [(1e12, 2e37), (1e-30, 1e-38), (3e4, 1e20), (1.0, 1e-20)])
-def test_a_chunk_of_another_size_than_its_prefix(
-    k_size: float, v_size: float, engine: str, device: EmulatedDevice
-) -> None:
-    """Whatever bfloat16 can be: nothing overflows, and the larger part of a sum is exact."""
-    layout = PageLayout.of("k4v4", 128, page_size=16)
-    cache = make_cache(layout, (70,), heads=1)
-    q, k, v = (noise(20, count, 128, seed=seed) for seed, count in ((1, 2), (2, 1), (3, 1)))
-    q, k, v = (q / max(k_size, 1.0)).to(BF16), (k * k_size).to(BF16), (v * v_size).to(BF16)
-    out, lse = ops.prefill_attention(
-        q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 20]), layout, scale=128**-0.5, k=k, v=v
-    )
-    keys, values = (torch.cat([x, y.double()]) for x, y in zip(cache.vectors(0), (k, v), strict=True))
-    want = expected(q.float(), keys, values, sees(20, 90), 128**-0.5)
-    error = (out.double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
-    assert error.max() < 2 * TOLERANCE[BF16]
-    assert (lse - want.truth[1]).abs().max() < 5e-3
-
-
-def test_a_large_token_of_another_head(engine: str, device: EmulatedDevice) -> None:
-    """Windows of all heads share a power of two: ordinary vectors beside one of 10 000 times their size are right."""
-    layout = PageLayout.of("k4v4", 128, page_size=16)
-    cache = make_cache(layout, (70,), heads=2)
-    q, k, v = (noise(20, count, 128, seed=seed).to(BF16) for seed, count in ((1, 4), (2, 2), (3, 2)))
-    k[7, 1], v[7, 1] = k[7, 1] * 100, v[7, 1] * 1e4
-    out, _ = ops.prefill_attention(
-        q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 20]), layout, scale=128**-0.5, k=k, v=v
-    )
-    keys, values = (torch.cat([x, y.double()])[:, :1] for x, y in zip(cache.vectors(0), (k, v), strict=True))
-    want = expected(q[:, :2].float(), keys, values, sees(20, 90), 128**-0.5)
-    error = (out[:, :2].double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
-    assert error.max() < TOLERANCE[BF16]
-
-
-def test_a_table_of_any_strides(engine: str, device: EmulatedDevice) -> None:
-    layout = PageLayout.of("k4v4", 128, page_size=16)
-    cache = make_cache(layout, (70,), heads=1)
-    q, k, v = (noise(20, count, 128, seed=seed).to(BF16) for seed, count in ((1, 2), (2, 1), (3, 1)))
-    wide = cache.table.repeat_interleave(2, 1)[:, ::2]
-    assert wide.stride(1) == 2
-    results = [
-        ops.prefill_attention(q, cache.pages, table, cache.lengths, torch.tensor([0, 20]), layout, scale=0.1, k=k, v=v)
-        for table in (cache.table, wide)
-    ]
-    assert same(*results)
-
-
-def test_a_package_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Built for another torch, it fails with anything: the next one is tried, or cuDNN taken, and the reason told."""
-    (tmp_path / "kvfold_broken").mkdir()
-    (tmp_path / "kvfold_broken" / "__init__.py").write_text("raise ImportError('undefined symbol: x')")
-    (tmp_path / "kvfold_flash.py").write_text("def flash_attn_varlen_func(q, num_splits=1): return num_splits")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
-    monkeypatch.delitem(sys.modules, dense._VLLM, raising=False)
-    for packages in (("kvfold_broken.interface",), ("kvfold_broken.interface", "kvfold_flash")):
-        monkeypatch.setattr(dense, "_PACKAGES", packages)
-        dense._of_package.cache_clear()
-        if len(packages) == 2:
-            assert dense.choose(torch.device("cuda", 0)) == "fa3"
-            function = dense._of_package().function
-            assert function is not None
-            assert function(q=None) == 0  # it shares keys among SMs
-        else:
-            with dense.engine("fa3"), pytest.raises(FormatError, match=r"cannot be imported .*undefined symbol"):
-                dense.choose(torch.device("cuda", 0))
-    dense._of_package.cache_clear()
-
-
-def test_which_library_attends(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = torch.device("cuda", 0)
-    assert dense.choose(torch.device("cpu")) == "cudnn"
-    with pytest.raises(FormatError, match="unknown prefill engine 'fa4'"), dense.engine("fa4"):
-        pass
-    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
-    monkeypatch.setattr(dense, "_PACKAGES", ("no_such_module", "no_such_package.no_such_module"))
-    monkeypatch.delitem(sys.modules, dense._VLLM, raising=False)
-    dense._of_package.cache_clear()
-    assert dense.choose(gpu) == "cudnn"
-    with dense.engine("fa3"), pytest.raises(FormatError, match=r"not in this process; import vllm.*dense\.engine"):
-        dense.choose(gpu)
-    module = SimpleNamespace(FA3_AVAILABLE=True, flash_attn_varlen_func=lambda **_: None)
-    monkeypatch.setitem(sys.modules, dense._VLLM, module)  # type: ignore[arg-type]
-    assert dense.choose(gpu) == "fa3"
-    with dense.engine("cudnn"):
-        assert dense.choose(gpu) == "cudnn"
-    dense._of_package.cache_clear()
-
-
-def test_how_keys_are_cut() -> None:
-    room = 64 * 2**20
-    assert prefill._split(8192, 8, 30720, room, 132) == (4, 32768)  # whole heads, and nothing to join
-    assert prefill._split(8192, 8, 32768, room, 132, 2064, True) == (4, 32768)  # exactly
-    assert prefill._split(2048, 8, 30720, room, 132) == (8, 16384)  # of four heads: 64 blocks for 132 processors
-    assert prefill._split(68, 8, 30720, room, 132, 33, True) == (4, 32768)  # FlashAttention-3 shares them among all
-    assert prefill._split(8192, 8, 8000, room, 132) == (8, 16384)  # all at once
-    for rows, heads, keys in ((1, 1, 10**6), (300, 3, 5), (5000, 5, 40000), (100, 2, 0)):
-        split = prefill._split(rows, heads, keys, room, 132)
-        assert 0 < split.heads <= heads
-        assert split.tokens % 16 == 0 < split.tokens
-        assert split.heads * split.tokens * 512 <= room
-    for keys, rows, tokens in ((100, 30, 48), (100, 4, 96), (97, 1, 48), (32, 32, 48), (300, 60, 80)):
-        cuts = prefill._cuts(keys, rows, tokens)
-        assert cuts[0][0] == 0
-        assert cuts[-1][1] == keys
-        assert cuts[-1][0] <= keys - rows
-        assert all(start % 16 == 0 and 0 < end - start <= tokens for start, end in cuts)
-        assert all(one[1] == two[0] for one, two in pairwise(cuts))
-
-
-def test_vectors_are_rotated(device: EmulatedDevice) -> None:
-    layout = PageLayout.of("k4v4", 128)
-    for dtype in (BF16, F16):
-        q, k, v = (noise(rows, heads, 128, seed=rows).to(dtype) for rows, heads in ((5, 4), (35, 3), (16, 3)))
-        k[3, 1], q[2, 2] = k[3, 1] * 100, 60000
-        k = k.transpose(0, 1).contiguous().transpose(0, 1)
-        peaks = torch.tensor([5e3, 3e3])
-        outs = [torch.full((x.shape[1], len(x) + 2, 128), torch.nan, dtype=F16) for x in (q, k, v)]
-        jobs = [(x, out[:, 2:], side) for x, out, side in zip((q, k, v), outs, range(3), strict=True)]
-        prefill.rotate(jobs, peaks, layout)
-        for x, out, factor in zip((q, k, v), outs, (4096 / 64, 1024 / 4096, 1024 / 2048), strict=True):
-            want = (rotate(x.float()) * factor).clamp(-65504, 65504).transpose(0, 1)
-            torch.testing.assert_close(out[:, 2:].float(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
-            assert out[:, :2].isnan().all()
-
-
-def test_peaks_of_a_chunk(device: EmulatedDevice) -> None:
-    layout = PageLayout.of("k4v4", 128, page_size=16)
-    cache = make_cache(layout, (40,), heads=2)
-    alone = expand.find_peaks(cache.pages, cache.table, layout, tokens=40)
-    for dtype in (BF16, F16):
-        k, v = (noise(21, 2, 128, seed=seed).to(dtype) for seed in (1, 2))
-        k[20, 1, 127], k[3, 0, 5], v[2, 1, 64] = -50.0, torch.inf, torch.nan
-        v *= 1e-3
-        got = expand.find_peaks(cache.pages, cache.table, layout, tokens=40, chunk=(k, v))
-        assert got.tolist() == [400.0, alone[1]]
-    v[7, 0, 127] = 300.0
-    got = expand.find_peaks(cache.pages, cache.table, layout, tokens=0, chunk=(k, v))
-    assert got.tolist() == [400.0, 2400.0]
-
-
 # --- decode -----------------------------------------------------------------------------------------------------------
-
-Truth = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def truth(
-    cache: Cache, q: torch.Tensor, scale: float = 128**-0.5, softcap: float | None = None, **options: Any
-) -> Truth:
-    """Out ``[B, Tq, Hq, d]`` in float64, the log-sum-exp and its allowed error.
-
-    That is 2e-3, or 1e-5 of the largest score that the query may have where this is more, because q is 16-bit fixed
-    point.
-    """
-    parts = []
-    for b, length in enumerate(cache.lengths.tolist()):
-        seen = {
-            name: value if name in ("lag", "window") else value[b] if name == "mask" else int(value[b])
-            for name, value in options.items()
-        }
-        visible = sees(q.shape[1], length, **seen)
-        want = expected(q[b].float(), *cache.vectors(b), visible, scale, softcap)
-        parts.append((*want.truth, (1e-5 * want.condition.nan_to_num()).clamp(min=2e-3)))
-    out, lse, allowed = (torch.stack(part) for part in zip(*parts, strict=True))
-    return out, lse, allowed
-
-
-def compare(got: State, want: Truth) -> None:
-    """Every row of the output, and every log-sum-exp, is the truth to what its dtype allows; so are NaN and nothing."""
-    (out, lse), (true_out, true_lse, allowed) = got, want
-    assert torch.equal(out.isfinite(), true_out.isfinite()), "finite outputs"
-    error = (out.double() - true_out).nan_to_num().norm(dim=-1)
-    limit = TOLERANCE[out.dtype] * true_out.nan_to_num().norm(dim=-1)
-    far = error > limit
-    assert not far.any(), f"out: rows are {(error / limit)[far].max():.3g} times what is allowed from the truth"
-    assert torch.equal(lse == -torch.inf, true_lse == -torch.inf), "who sees nothing"
-    assert torch.equal(lse.isnan(), true_lse.isnan()), "who sees NaN"
-    far = torch.where(true_lse.isfinite(), lse.double() - true_lse, 0.0).abs() > allowed
-    assert not far.any(), "log-sum-exp"
-
-
-def attend(cache: Cache, q: torch.Tensor, **options: Any) -> State:
-    options.setdefault("scale", 128**-0.5)
-    return ops.decode_attention(q, cache.pages, cache.table, cache.lengths, cache.layout, **options)
-
-
-def check(cache: Cache, q: torch.Tensor, times: int = 1, batch_invariant: bool = False, **options: Any) -> State:
-    """The kernel's result equals the truth; ``times`` puts the batch's sequences into the batch so many times."""
-    many = pick(cache, list(range(len(cache.table))) * times)
-    got = attend(many, q.repeat(times, 1, 1, 1), batch_invariant=batch_invariant, **options)
-    out, lse, allowed = truth(cache, q, **options)
-    compare(got, (out.repeat(times, 1, 1, 1), lse.repeat(times, 1, 1), allowed.repeat(times, 1, 1)))
-    assert not decode._scratch(None).counters.any(), "counters"
-    return got
-
-
-def stored(lengths: Sequence[int], spec: str = "k4v4", page_size: int = 64, heads: int = 2) -> Cache:
-    return make_cache(PageLayout.of(spec, 128, page_size=page_size), lengths, heads)
-
-
-def pick(cache: Cache, rows: list[int]) -> Cache:
-    return replace(cache, table=cache.table[rows], lengths=cache.lengths[rows])
-
-
-def queries(cache: Cache, group: int = 4, tokens: int = 1, dtype: torch.dtype = BF16) -> torch.Tensor:
-    return noise(len(cache.table), tokens, group * cache.pages.shape[1], 128, seed=7).to(dtype)
-
-
-def same(one: State, other: State) -> bool:
-    return torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
 @pytest.mark.parametrize(
@@ -680,6 +146,11 @@ def same(one: State, other: State) -> bool:
         ("k3v2", 32, 4, F32), ("k3v3", 64, 4, BF16), ("k3v4", 16, 4, F16),
         ("k4v2", 64, 4, F16), ("k4v3", 16, 4, F32), ("k4v4", 32, 4, BF16),
         ("k2v3", 16, 8, BF16), ("k3v2", 64, 8, BF16), ("k4v4", 32, 8, F32),
+        ("k4v4+mean", 64, 4, BF16), ("k3v2+mean", 32, 4, F32), ("k2v3+mean", 16, 4, F16),
+        ("k2v4+mean", 64, 8, F32), ("k3v3+mean", 32, 8, BF16), ("k4v4+mean", 16, 8, F16),
+        ("k2tv2t", 64, 4, BF16), ("k3tv3t", 32, 4, F16), ("k4tv4t", 16, 4, F32), ("k2tv3", 16, 4, F16),
+        ("k3v4t", 64, 4, BF16), ("k4tv2", 32, 4, F32), ("k3tv2t+mean", 16, 4, BF16), ("k4tv4t+mean", 64, 4, F32),
+        ("k2tv4t", 32, 8, F32), ("k4tv3t", 64, 8, BF16), ("k3tv2t+mean", 32, 8, F32),
     ],
 )  # fmt: skip
 def test_formats(spec: str, page_size: int, group: int, dtype: torch.dtype, device: EmulatedDevice) -> None:
@@ -692,6 +163,16 @@ def test_formats(spec: str, page_size: int, group: int, dtype: torch.dtype, devi
 def test_groups_and_query_tokens(group: int, num_queries: int, device: EmulatedDevice) -> None:
     cache = stored((0, 1, 5, 32, 33, 64, 300))
     check(cache, queries(cache, group, num_queries))
+
+
+@pytest.mark.parametrize(("spec", "group", "num_queries"), [("k2tv4t", 1, 8), ("k4tv2t", 4, 2), ("k3tv3t", 8, 5)])
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_groups_and_query_tokens_of_trellises(
+    page_size: int, spec: str, group: int, num_queries: int, device: EmulatedDevice
+) -> None:
+    cache = stored((0, 1, 5, 32, 33, 64, 300), spec, page_size)
+    check(cache, queries(cache, group, num_queries))
+    check(cache, queries(cache, group, num_queries), batch_invariant=True, window=70)
 
 
 @pytest.mark.parametrize(("batch", "heads"), [(1, 1), (33, 3), (70, 5)])

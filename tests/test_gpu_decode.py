@@ -44,7 +44,11 @@ def stored(
     pages, table, ends = cache.pages.to(DEVICE), cache.table.to(DEVICE), cache.lengths.to(DEVICE, torch.int32)
     normal = torch.randn(2, len(slots), heads, head_size, device=DEVICE)
     if len(slots):
-        reference.store_kv(normal[0] if k is None else k, normal[1] if v is None else v, pages, slots, layout)
+        before = [cache.previous(b) for b in range(len(lengths))]
+        previous = torch.cat([x for x in before if x is not None]).to(DEVICE) if layout.format.mean else None
+        reference.store_kv(
+            normal[0] if k is None else k, normal[1] if v is None else v, pages, slots, layout, previous
+        )  # fmt: skip
     return Cache(layout, pages, table, ends)
 
 
@@ -159,9 +163,19 @@ FORMATS = [(f"k{k}v{v}", 64, 4, BF16) for k in (2, 3, 4) for v in (2, 3, 4)]
 EIGHT_ROWS = [("k4v4", 64, 8, BF16), ("k3v3", 64, 8, BF16), ("k2v3", 64, 8, BF16)]
 PAGES = [("k4v4", 16, 4, BF16), ("k4v4", 32, 4, BF16), ("k3v2", 16, 4, BF16)]
 DTYPES = [("k4v4", 64, 4, F16), ("k4v4", 64, 4, F32), ("k4v4", 64, 8, F32)]
+MEANS = [(spec, size, group, BF16) for spec in ("k4v4+mean", "k2v3+mean") for size in (16, 32, 64) for group in (4, 8)]
 
 
-@pytest.mark.parametrize(("spec", "page_size", "group", "dtype"), FORMATS + EIGHT_ROWS + PAGES + DTYPES)
+TRELLISES = [
+    (spec, size, group, BF16)
+    for spec in ("k2tv2t", "k3tv3t", "k4tv4t", "k2tv4+mean", "k3v4t+mean", "k4tv3t+mean")
+    for size, group in ((64, 4), (64, 8), (32, 4), (16, 8))
+]
+
+
+@pytest.mark.parametrize(
+    ("spec", "page_size", "group", "dtype"), FORMATS + EIGHT_ROWS + PAGES + DTYPES + MEANS + TRELLISES
+)
 def test_formats_page_sizes_and_dtypes(spec: str, page_size: int, group: int, dtype: torch.dtype) -> None:
     cache = stored((*RAGGED, 48, 4000), spec, heads=3, page_size=page_size)
     check(cache, queries(cache, group, dtype=dtype))
@@ -169,8 +183,9 @@ def test_formats_page_sizes_and_dtypes(spec: str, page_size: int, group: int, dt
 
 @pytest.mark.parametrize("num_queries", range(1, 9))
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 8, 16])
-def test_groups_and_query_tokens(group: int, num_queries: int) -> None:
-    cache = stored((0, 1, 5, 32, 33, 64, 500))
+@pytest.mark.parametrize("spec", ["k4v4", "k4v4+mean", "k3tv4t"])
+def test_groups_and_query_tokens(spec: str, group: int, num_queries: int) -> None:
+    cache = stored((0, 1, 5, 32, 33, 64, 500), spec)
     check(cache, queries(cache, group, num_queries))
 
 
@@ -559,7 +574,8 @@ def test_what_is_not_served_is_refused_or_done_another_way(spec: str, head_size:
 
 
 def test_auto_chooses_the_cuda_kernels_for_what_they_serve() -> None:
-    assert ops.choose(DEVICE, PageLayout.of("k4v3", 128)).__name__ == "kvfold.ops.cuda"
+    for spec in ("k4v3", "k4v4+mean", "k3tv4t"):
+        assert ops.choose(DEVICE, PageLayout.of(spec, 128)).__name__ == "kvfold.ops.cuda"
     assert ops.choose(DEVICE, PageLayout.of("k5v5", 128)).__name__ != "kvfold.ops.cuda"
 
 
@@ -569,9 +585,13 @@ def test_auto_chooses_the_cuda_kernels_for_what_they_serve() -> None:
 @pytest.mark.parametrize("ready", [False, True], ids=["", "ready"])
 @pytest.mark.parametrize("invariant", [False, True], ids=["", "invariant"])
 @pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
-def test_decode_sees_what_the_store_before_it_wrote(graph: bool, invariant: bool, ready: bool) -> None:
-    """Both kernels start before the one ahead of them has ended; thirty layers write and read the same pages."""
-    layers, cache = 30, stored((500,) * 8, heads=8)
+@pytest.mark.parametrize("spec", ["k4v4", "k4v4+mean", "k3tv4"])
+def test_decode_sees_what_the_store_before_it_wrote(spec: str, graph: bool, invariant: bool, ready: bool) -> None:
+    """All kernels start before the one ahead of them has ended; thirty layers write and read the same pages.
+
+    With key references the tokens open pages, from their own keys.
+    """
+    layers, cache = 30, stored((513 if "mean" in spec else 500,) * 8, spec, heads=8)
     q = queries(cache)
     ends = cache.lengths.long() - 1
     slots = cache.table.long()[torch.arange(8, device=DEVICE), ends // 64] * 64 + ends % 64
@@ -580,7 +600,7 @@ def test_decode_sees_what_the_store_before_it_wrote(graph: bool, invariant: bool
     def run(wait: bool = False) -> list[torch.Tensor]:
         outs = []
         for layer in range(layers):
-            ops.store_kv(k[layer], v[layer], cache.pages, slots, cache.layout)
+            ops.store_kv(k[layer], v[layer], cache.pages, slots, cache.layout, previous=torch.full_like(slots, -1))
             if wait:
                 torch.cuda.synchronize()
             outs.append(attend(cache, q, batch_invariant=invariant, inputs_ready=ready)[0])

@@ -47,7 +47,10 @@ def stored(lengths: Sequence[int], spec: str, heads: int, k_size: float = 1.0) -
     for b, length in enumerate(lengths):
         if length:
             k, v = random(length, heads, 128) * k_size, random(length, heads, 128)
-            reference.store_kv(k, v, pages, cache.slots(b).to(DEVICE), layout)
+            previous = cache.previous(b)
+            reference.store_kv(
+                k, v, pages, cache.slots(b).to(DEVICE), layout, None if previous is None else previous.to(DEVICE)
+            )
     return Cache(layout, pages, table, cache.lengths.to(DEVICE, torch.int32))
 
 
@@ -101,6 +104,9 @@ def check(
         ("k4v4", (0, 100, 777, 3000), (130, 64, 5, 300), 2, 4),
         ("k3v2", (0, 20000, 40), (500, 100, 1), 8, 1),
         ("k4v4", (30720,), (2048,), 4, 2),
+        ("k4v3+mean", (0, 5000, 40, 64), (130, 300, 1, 64), 4, 2),
+        ("k3tv4t", (0, 5000, 40), (130, 300, 1), 4, 2),
+        ("k4tv2t+mean", (3000,), (300,), 2, 4),
         ("k4v4", (0, 0, 0, 500, 0, 0), (130, 1, 700, 300, 5, 64), 4, 4),
     ],
 )

@@ -9,7 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
-from ops_cases import Cache, decode_records, make_cache, noise
+from cuda_cases import check_store, poisoned, records, stored_pages
+from ops_cases import decode_records, make_cache, noise
 
 from kvfold.errors import FormatError, ShapeError
 from kvfold.layout import PageLayout
@@ -18,7 +19,10 @@ from kvfold.ops.cuda import expand, runtime, store
 
 pytestmark = pytest.mark.gpu
 
-SPECS = ("k4v4", "k3v3", "k2v2", "k4v2+nc+pre1", "k3v4+mse+pre5", "k2v3+plain", "k4v4+pre1", "k4v3+nc+pre13")
+SPECS = (
+    "k4v4", "k3v3", "k2v2", "k4v2+nc+pre1", "k3v4+mse+pre5", "k2v3+plain", "k4v4+pre1", "k4v3+nc+pre13", "k4v4+mean",
+    "k3v2+mean+nc+pre1", "k2v3+mean+pre5", "k3tv3t", "k2tv4t+nc+pre1", "k4tv2t+mean+pre5", "k4v3t",
+)  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -27,10 +31,6 @@ def gpu() -> torch.device:
     device = torch.device("cuda", 0)
     assert runtime.available(device) is None
     return device
-
-
-def poisoned(layout: PageLayout, num_pages: int, heads: int) -> torch.Tensor:
-    return torch.randint(0, 256, layout.page_shape(num_pages, heads), dtype=torch.uint8)
 
 
 KERNELS = {"few": 2**31, "many": 0}
@@ -47,36 +47,11 @@ def stored(
     k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout
 ) -> torch.Tensor:
     """The pages after either kernel stored in a copy of them: the bytes are the same."""
-    device = gpu()
-    few, many = pages.to(device), pages.to(device)
-    for kernel, got in (("few", few), ("many", many)):
-        with forced(kernel):
-            store.store_kv(k.to(device), v.to(device), got, slots.to(device), layout)
-    assert torch.equal(few, many), f"the kernels differ in {int((few != many).sum())} bytes"
-    return few.cpu()
-
-
-def records(pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    return Cache(layout, pages, torch.empty(0), torch.empty(0)).records(slots)
+    return stored_pages(k, v, pages, slots, layout, gpu())
 
 
 def check(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
-    """The kernel writes the reference's bytes but for ties, and nothing else.
-
-    At most 1e-4 of the bytes differ, or parts of one vector, and the errors of their vectors agree within 2 %.
-    """
-    got = stored(k, v, pages, slots, layout)
-    kept = slots >= 0
-    others = torch.tensor(sorted(set(range(len(pages) * layout.page_size)) - set(slots[kept].tolist())))
-    assert torch.equal(records(got, others, layout), records(pages, others, layout)), "other tokens' bytes"
-    mine, want = records(got, slots[kept], layout), layout.encode(k[kept], v[kept])
-    differ = mine != want
-    assert int(differ.sum()) <= max(1e-4 * want.numel(), layout.token_bytes / 2), f"{int(differ.sum())} bytes differ"
-    tokens = differ.any(-1)
-    originals = (k[kept][tokens].double(), v[kept][tokens].double())
-    pairs = zip(decode_records(mine[tokens], layout), decode_records(want[tokens], layout), strict=True)
-    for original, (x, y) in zip(originals, pairs, strict=True):
-        torch.testing.assert_close((x - original).norm(dim=-1), (y - original).norm(dim=-1), rtol=0.02, atol=0)
+    check_store(k, v, pages, slots, layout, gpu())
 
 
 # --- store ------------------------------------------------------------------------------------------------------------
@@ -123,7 +98,7 @@ def test_few_tokens_are_the_reference_s(spec: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("begin", [0, 1, 2, 3, 16, 61])
 @pytest.mark.parametrize("tokens", [1, 8, 63, 64, 100, 256])
-@pytest.mark.parametrize("spec", ["k4v4", "k3v3", "k2v2"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v3", "k2v2", "k4tv3t"])
 def test_consecutive_tokens(spec: str, tokens: int, begin: int) -> None:
     """Prefill writes V four tokens at a time, wherever it begins."""
     layout = PageLayout.of(spec, 128, page_size=32)
@@ -176,7 +151,7 @@ def test_k_and_v_of_different_dtypes_and_slots_with_strides() -> None:
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-12, 1e-5, 1e5, 1e12, 1e20, 1e30])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("spec", ["k4v4", "k3v2+nc+pre1"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v2+nc+pre1", "k3tv4t"])
 def test_sizes(spec: str, dtype: torch.dtype, size: float) -> None:
     layout = PageLayout.of(spec, 128, page_size=16)
     k, v = (noise(40, 2, 128, seed=1) * size).to(dtype), (noise(40, 2, 128, seed=2) * size).to(dtype)
@@ -185,7 +160,7 @@ def test_sizes(spec: str, dtype: torch.dtype, size: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", ["k4v4", "k3v3+nc+pre1", "k2v2+plain", "k4v4+mse+pre1"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v3+nc+pre1", "k2v2+plain", "k4v4+mse+pre1", "k4tv2t", "k3tv3t+pre1"])
 def test_zero_and_non_finite_vectors(spec: str, dtype: torch.dtype) -> None:
     layout = PageLayout.of(spec, 128, page_size=16)
     k, v = noise(32, 2, 128, seed=1, dtype=dtype), noise(32, 2, 128, seed=2, dtype=dtype)
@@ -239,8 +214,9 @@ def test_slots_beyond_two_gigabytes() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_captured_graph_stores_what_comes_next(kernel: str) -> None:
-    layout, device = PageLayout.of("k4v4", 128, page_size=16), gpu()
+@pytest.mark.parametrize("spec", ["k4v4", "k3tv4t", "k3tv4"])
+def test_a_captured_graph_stores_what_comes_next(spec: str, kernel: str) -> None:
+    layout, device = PageLayout.of(spec, 128, page_size=16), gpu()
     k, v = (noise(8, 2, 128, seed=seed, dtype=torch.bfloat16).to(device) for seed in (1, 2))
     slots = torch.arange(8, device=device)
     pages = poisoned(layout, 4, 2).to(device)
@@ -296,7 +272,9 @@ def test_what_cannot_be_stored_is_refused() -> None:
 @pytest.mark.parametrize("page_size", [16, 32, 64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("table", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("spec", ["k4v4", "k3v3", "k2v2", "k3v2", "k2v4"])
+@pytest.mark.parametrize(
+    "spec", ["k4v4", "k3v3", "k2v2", "k3v2", "k2v4", "k4v4+mean", "k3v2+mean", "k2tv3t", "k4tv2t+mean", "k3tv4t"]
+)
 def test_a_window_is_expanded(spec: str, table: torch.dtype, dtype: torch.dtype, page_size: int) -> None:
     layout, device = PageLayout.of(spec, 128, page_size=page_size), gpu()
     cache = make_cache(layout, (300, 37, 0, 128), heads=2)
@@ -314,8 +292,11 @@ def test_a_window_is_expanded(spec: str, table: torch.dtype, dtype: torch.dtype,
             for got, want in zip((k_out[b].cpu(), v_out[b].cpu()), wanted, strict=True):
                 assert not got[:, count:].any()
                 rounded = want[:, start : start + count].to(dtype)
-                assert int((got[:, :count] != rounded).sum()) <= 1e-3 * rounded.numel()
-                torch.testing.assert_close(got[:, :count], rounded, rtol=2**-7, atol=0)
+                # a key that is its page's reference has 15 bits, of which bfloat16 rounds many half-way
+                differ = 4e-3 if layout.format.mean else 1e-3
+                assert int((got[:, :count] != rounded).sum()) <= differ * rounded.numel()
+                near = 1e-5 if layout.format.mean else 0  # a coordinate may cancel the reference's
+                torch.testing.assert_close(got[:, :count], rounded, rtol=2**-7, atol=near)
 
 
 def test_windows_that_cannot_be_expanded_are_refused() -> None:

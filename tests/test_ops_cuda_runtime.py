@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda import expand, runtime, store
+from kvfold.ops.cuda import expand, formats, references, runtime, store, store_trellis
 
 
 def nvrtc_is_there() -> bool:
@@ -267,6 +267,9 @@ def test_what_does_not_compile_is_shown(folder: Path) -> None:
         ("k2v4+nc", torch.float32, False),
         ("k3v2+mse+pre5", torch.bfloat16, False),
         ("k4v3+plain", torch.float32, True),
+        ("k4tv3t+mean", torch.bfloat16, True),
+        ("k2v2t+mean", torch.float16, False),
+        ("k3tv4+pre1", torch.float32, True),
     ],
 )
 def test_store_and_expand_compile(spec: str, dtype: torch.dtype, vector: bool) -> None:
@@ -274,6 +277,8 @@ def test_store_and_expand_compile(spec: str, dtype: torch.dtype, vector: bool) -
     given = (dtype, vector)
     for file, defines in (
         ("store.cu", store._defines(layout, given, given)),
+        ("store_trellis.cu", store._defines(layout, given, given)),
+        ("references.cu", references._defines(layout, *given)),
         ("expand.cu", expand._defines(layout, torch.float16 if vector else torch.bfloat16, vector)),
     ):
         macros = tuple((name, str(value)) for name, value in sorted(defines.items()))
@@ -284,15 +289,18 @@ def test_store_and_expand_compile(spec: str, dtype: torch.dtype, vector: bool) -
 
 
 def test_what_the_kernels_do_not_do_is_refused_with_the_reason() -> None:
-    for supports in (store.supports, expand.supports):
-        assert supports(PageLayout.of("k4v3+mse", 128, page_size=16)) is None
-        for spec, size, words in (("k4v4", 64, "head size 128"), ("k8v4", 128, "2, 3 and 4 bits"), ("bf16", 128, "K")):
-            reason = supports(PageLayout.of(spec, size))
-            assert reason is not None
-            assert words in reason
+    for spec in ("k4v3+mse", "k3v4+mean", "k4tv2", "k2v3t+mean"):
+        assert formats.supports(PageLayout.of(spec, 128, page_size=16)) is None
+    for spec, size, words in (("k4v4", 64, "head size 128"), ("k8v4", 128, "2, 3 and 4 bits"), ("bf16", 128, "K")):
+        reason = formats.supports(PageLayout.of(spec, size))
+        assert reason is not None
+        assert words in reason
 
 
 def test_structures_have_the_sizes_that_the_kernel_expects() -> None:
     assert [ctypes.sizeof(kind) for kind in (store._Call, store._Format)] == [104, 2 * 4 * (2 + 13 + 8) + 16]
+    assert [ctypes.sizeof(kind) for kind in (store_trellis._Format, references._Opening)] == [
+        2 * 4 * (2 + 13 + 16) + 16, 8 * 8 + 4 * 3 + 4 * 32 + 4,
+    ]  # fmt: skip
     assert [ctypes.sizeof(kind) for kind in (expand._Levels, expand._Window, expand._Chunk)] == [20, 112, 64]
     assert struct.calcsize("P") == 8

@@ -1,8 +1,8 @@
 """kvfold's own operations as contenders, and the check of what they compute.
 
-Pages are filled with random bytes and plausible scales: every bit pattern is a valid code of 1 to 8 bits, and storing
-gigabytes of vectors would take longer than timing them. Queries go in and outputs come out in the model's basis, so
-the rotation of q and the un-rotation of the output are in the time.
+Pages are filled with random bytes and plausible scales: every bit pattern is a valid code of 1 to 8 bits or of a
+trellis, and storing gigabytes of vectors would take longer than timing them. Queries go in and outputs come out in the
+model's basis, so the rotation of q and the un-rotation of the output are in the time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def store_formats(fmt: KVFormat) -> list[KVFormat]:
     """The format with each count of prescale candidates of :data:`PRESCALES`."""
 
     def side(given: Side, count: int) -> Side:
-        return replace(given, prescales=count) if given.family == "lloyd" else given
+        return replace(given, prescales=count) if given.family in ("lloyd", "trellis") else given
 
     return list(dict.fromkeys(replace(fmt, k=side(fmt.k, count), v=side(fmt.v, count)) for count in PRESCALES))
 
@@ -53,12 +53,18 @@ def _prepare(case: Case, setting: Setting, *, fmt: KVFormat, backend: str) -> Se
 
 
 def random_pages(layout: PageLayout, num_pages: int, num_kv_heads: int, device: torch.device) -> torch.Tensor:
-    """Pages of random codes; the scales are those of vectors whose coordinates are of size one, give or take 25 %."""
+    """Pages of random codes; the scales are those of vectors whose coordinates are of size one, give or take 25 %.
+
+    Key references are random as well, and of that size.
+    """
     pages = torch.empty(layout.page_shape(num_pages, num_kv_heads), dtype=torch.uint8, device=device).random_(0, 256)
-    tiles = pages.view(num_pages, num_kv_heads, -1, layout.tile_bytes)
+    tiles = pages[..., : layout.reference].unflatten(2, (-1, layout.tile_bytes))
     for offset, side in ((layout.k_scales, layout.format.k), (layout.v_scales, layout.format.v)):
         if side.scaled:
             tiles[..., offset : offset + TILE * SCALE_BYTES].view(torch.bfloat16).uniform_(0.75, 1.25)
+    if layout.format.mean:
+        # int8 codes of any value have a root mean square of 74
+        pages[..., -SCALE_BYTES:].view(torch.bfloat16).uniform_(0.75 / 74, 1.25 / 74)
     return pages
 
 
@@ -140,12 +146,18 @@ def _store(case: StoreCase, setting: Setting, fmt: KVFormat, backend: str) -> Ke
     copies = setting.copies(call_bytes)
     k, v, slots, num_pages = store_inputs(case, copies, setting)
     pages = torch.zeros(layout.page_shape(num_pages, case.num_kv_heads), dtype=torch.uint8, device=setting.device)
+    previous = _previous(layout, slots[0])
 
     def call(copy: int) -> None:
         with ops.backend(backend):
-            ops.store_kv(k[copy], v[copy], pages, slots[copy], layout)
+            ops.store_kv(k[copy], v[copy], pages, slots[copy], layout, previous=previous)
 
     return Kernel([partial(call, copy) for copy in range(copies)], call_bytes)
+
+
+def _previous(layout: PageLayout, slots: torch.Tensor) -> torch.Tensor | None:
+    """The page before each page that is opened, where the format wants it: none, as if each began a sequence."""
+    return torch.full_like(slots, -1) if layout.format.mean else None
 
 
 def store_inputs(
@@ -224,10 +236,9 @@ def _check_store(case: StoreCase, setting: Setting, fmt: KVFormat, backend: str)
         torch.zeros(layout.page_shape(num_pages, case.num_kv_heads), dtype=torch.uint8, device=setting.device)
         for _ in range(2)
     )
-    with ops.backend(backend):
-        ops.store_kv(k[0], v[0], got, slots[0], layout)
-    with ops.backend("reference"):
-        ops.store_kv(k[0], v[0], wanted, slots[0], layout)
+    for name, pages in ((backend, got), ("reference", wanted)):
+        with ops.backend(name):
+            ops.store_kv(k[0], v[0], pages, slots[0], layout, previous=_previous(layout, slots[0]))
     return float((got != wanted).sum()) / case.cache_bytes(fmt)
 
 

@@ -140,12 +140,10 @@ def _formats(specs: list[str] | tuple[str, ...]) -> list[KVFormat]:
     for fmt in formats:
         if fmt.sinks or fmt.tail:
             raise UsageError(f"{fmt}: bench times pages, and exact sinks and tails lie outside them; leave them out")
-        if fmt.mean:
+        if any(side.family not in ("lloyd", "trellis") for side in (fmt.k, fmt.v)):
             raise UsageError(
-                f"{fmt}: bench fills pages with random bytes, and key references are not among them; leave +mean out"
+                f"{fmt}: bench fills pages with random codes: give k1..k8, v1..v8 or the trellises 2t, 3t, 4t"
             )
-        if any(side.family != "lloyd" for side in (fmt.k, fmt.v)):
-            raise UsageError(f"{fmt}: bench fills pages with random codes of 1 to 8 bits: give k1..k8 and v1..v8")
     return formats
 
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from emulator.build import build
 from kvfold.ops import cuda
-from kvfold.ops.cuda import decode, expand, prefill, runtime, store
+from kvfold.ops.cuda import decode, expand, prefill, references, runtime, store, store_trellis
 
 BLOCKS_BACKWARDS, THREADS_BACKWARDS, LATE_COPIES, SEED = 1, 2, 4, 8
 """Bits of a schedule, as in ``block.h``: blocks from the last to the first, threads likewise, and copies that arrive
@@ -39,6 +39,12 @@ STRUCTURES: dict[str, Layouts] = {
     "expand.cu": {"Window": (expand._Window, {}), "Levels": (expand._Levels, {}), "Chunk": (expand._Chunk, {})},
     "prefill.cu": {"Part": (prefill._Part, {}), "Rotate": (prefill._Rotate, {}), "Rotations": (prefill._Rotations, {})},
     "decode.cu": {"Params": (decode._Params, {})},
+    "store_trellis.cu": {
+        "Call": (store._Call, _CALL_NAMES),
+        "Recipe": (store_trellis._Recipe, {}),
+        "Format": (store_trellis._Format, {}),
+    },
+    "references.cu": {"Opening": (references._Opening, {})},
 }
 """The structures that Python and a file share: the C++ name, Python's class, and members that are named differently."""
 
@@ -123,7 +129,7 @@ class _OnHost(TorchFunctionMode):
 
 def _forget() -> None:
     """Empty the package's caches, which hold kernels."""
-    for module in (decode, expand, prefill, store):
+    for module in (decode, expand, prefill, references, store):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()

@@ -47,6 +47,10 @@ inline void mul_rn_sat_f32(float& d, float a, float b) {
     const float product = a * b;
     d = product > 1.f ? 1.f : product > 0.f ? product : 0.f;  // NaN becomes 0
 }
+inline void fma_rn_sat_f32(float& d, float a, float b, float c) {
+    const float sum = fmaf(a, b, c);
+    d = sum > 1.f ? 1.f : sum > 0.f ? sum : 0.f;
+}
 
 // --- integers ---------------------------------------------------------------------------------------------------------
 

@@ -70,6 +70,11 @@ inline unsigned __float_as_uint(float x) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __brev(unsigned x) {
+    unsigned r = 0;
+    for (int n = 0; n < 32; n++) r |= (x >> n & 1) << (31 - n);
+    return r;
+}
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selectors) {
     const uint64_t bytes = a | (uint64_t)b << 32;
     unsigned r = 0;

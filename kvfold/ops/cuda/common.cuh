@@ -53,6 +53,11 @@ __device__ __forceinline__ float half_to_float(u32 h) {
     return __uint_as_float((rest >= 0x7c00u ? 0x7f800000u | rest << 13 : __float_as_uint(magnitude)) | sign);
 }
 
+// Byte n of a word as int8, without a conversion: 2^23 + 128 is added and taken away.
+__device__ __forceinline__ float signed_byte(u32 word, int n) {
+    return __uint_as_float(__byte_perm(word ^ 0x80808080u, 0x4B000000u, 0x7440 + n)) - 8388736.0f;
+}
+
 // Bytes of a 4 x 4 matrix, a row in each word: rows become columns.
 __device__ __forceinline__ void transpose_bytes(u32 (&w)[4]) {
     u32 a = __byte_perm(w[0], w[1], 0x5140);

@@ -1,9 +1,9 @@
 // Decode attention on packed pages for sm_90: 8-bit tensor-core products on codes that are looked up, never de-quantised.
 //
-// Defines: KBITS, VBITS (2, 3, 4), PAGE (16, 32, 64 tokens), NB (blocks of four query rows a warp serves), WARPS, STAGES,
-// QTYPE (0 bf16, 1 f16, 2 f32), SOFTCAP, MASKED, FIXED (0: balanced splits over all sequences, 1: splits that depend on the
-// sequence alone), SLICE (bytes of shared memory of a warp), KT0.. VU1 (codebooks as byte tables), SIGN0..SIGN3 (signs of
-// the rotation, bit 1 = negative).
+// Defines: KBITS, VBITS (2, 3, 4), KTRELLIS, VTRELLIS (whether codes are a trellis'), MEAN (pages have key references), PAGE
+// (16, 32, 64 tokens), NB (blocks of four query rows a warp serves), WARPS, STAGES, QTYPE (0 bf16, 1 f16, 2 f32), SOFTCAP,
+// MASKED, FIXED (0: balanced splits over all sequences, 1: splits that depend on the sequence alone), SLICE (bytes of shared
+// memory of a warp), KT0.. VU1 (codebooks as byte tables), SIGN0..SIGN3 (signs of the rotation, bit 1 = negative).
 //
 // Terms: an *item* is a sequence, a KV head and a block of 4 NB query rows (row = query token * group + head in group). A
 // *step* is 32 tokens, two tiles. Each warp gets a piece of an item, or, where lengths differ, an equal stretch of the line of
@@ -15,7 +15,8 @@
 // with the complemented codes as selectors, looks up the negative ones and gives -1 elsewhere. The sum of both is the level
 // - 1/2, and adding them is the tensor core's work. Widths 2 and 3 fit one signed table. q is 16-bit fixed point in two
 // columns of the product (high and low byte); so are the probabilities times V's scale. Both references (of the scores and of
-// the weights) move only when a weight would overflow.
+// the weights) move only when a weight would overflow. A trellis' indices are made of its planes in decode_codes.cuh; what a key
+// reference adds to the scores of its page is one product more.
 
 #include "decode_step.cuh"
 
@@ -41,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 
     if (lane == 0) {
 #pragma unroll
-        for (int s = 0; s < STAGES; s++) barrier_init(ring + s * SLOT_BYTES + STEP_BYTES, COPIES);
+        for (int s = 0; s < STAGES; s++) barrier_init(ring + s * SLOT_BYTES + STEP_END, COPIES);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #if !FIXED
         partial[warp][0] = partial[warp][1] = nullptr;
@@ -150,13 +151,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     auto fetch = [&](u32 slot) {
         // lane l knows the address of each WINDOW-th copy, and issues it
         if (((lane / COPIES) ^ issued) % WINDOW == 0 && issued < copies) {
-            const u32 bar = slot + STEP_BYTES;
+            const u32 bar = slot + STEP_END;
             if (PAGE == 16) {
-                barrier_expect(bar, source ? TILE_BYTES : 0);
-                if (source) bulk_copy(slot + (lane & 1) * TILE_BYTES, source, TILE_BYTES, bar);
+                barrier_expect(bar, source ? TILE_STRIDE : 0);
+                if (source) bulk_copy(slot + (lane & 1) * TILE_STRIDE, source, TILE_STRIDE, bar);
             } else {
-                barrier_expect(bar, STEP_BYTES);
-                bulk_copy(slot, source, STEP_BYTES, bar);
+                const bool behind = !MEAN || PAGE == 32 || source & 1; // whether the reference, if any, follows these tiles
+                barrier_expect(bar, STEP_END);
+                bulk_copy(slot, tiles_at(source), behind ? STEP_END : STEP_BYTES, bar);
+                if (!behind) bulk_copy(slot + STEP_BYTES, source + 2 * STEP_BYTES, REFERENCE_BYTES, bar);
             }
         }
         // in good time: the other half of the lanes has the next ones
@@ -187,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (P.ready) {
         // While the kernels ahead end, the memory has little to do: it brings the first pages to L2, where they may still be
         // written.
-        if (lane / COPIES < min(copies, AHEAD) && source) prefetch_bulk(source, STEP_BYTES / COPIES);
+        if (lane / COPIES < min(copies, AHEAD) && source) prefetch_bulk(tiles_at(source), STEP_END / COPIES);
     } else if (copies) {
         fetch(ring), filled = 1; // more would keep other CTAs' queries waiting
     }
@@ -214,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 
     auto release_ring = [&]() { // its memory is for results from now on
         __syncwarp();
-        if (lane < STAGES) barrier_invalidate(ring + lane * SLOT_BYTES + STEP_BYTES);
+        if (lane < STAGES) barrier_invalidate(ring + lane * SLOT_BYTES + STEP_END);
         __syncwarp();
     };
     if (!copies) release_ring();
@@ -245,13 +248,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             int run = min(min(seen, steps - n), CHECKED - unchecked);
             const int counted = max(run, 1);
             if (run <= 0) {
-                barrier_wait(slot + STEP_BYTES, parity);
+                barrier_wait(slot + STEP_END, parity);
                 step<true>(P, L, Q, S, slot, lane, reading[warp].x, reading[warp].y, at, dither, headroom);
                 advance();
             } else {
 #pragma unroll 1
                 do {
-                    barrier_wait(slot + STEP_BYTES, parity);
+                    barrier_wait(slot + STEP_END, parity);
                     step<false>(P, L, Q, S, slot, lane, 0, 0, at, dither, headroom);
                     advance();
                 } while (--run);

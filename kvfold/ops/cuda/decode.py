@@ -11,19 +11,15 @@ import ctypes
 import threading
 from functools import lru_cache
 
-import numpy as np
 import torch
 
-from kvfold.codebooks import Codebook, lloyd_max
+from kvfold.codebooks import lloyd_max, trellis_levels
 from kvfold.errors import FormatError, ShapeError
 from kvfold.formats import Side
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import runtime
+from kvfold.ops.cuda.formats import DTYPES, HEAD_SIZE, sign_words
 from kvfold.ops.options import AttentionOptions
-from kvfold.rotation import rotation_matrix
-
-HEAD_SIZE = 128
-WIDTHS = (2, 3, 4)
 
 _LOG2_E = 1.4426950408889634
 _WARPS = {1: 16, 2: 12}  # per CTA, by blocks of four query rows: as many as their registers allow
@@ -34,21 +30,8 @@ _LARGEST_PIECE = 4096  # steps up to which items are cut so that no warp changes
 _PLACES = 3  # for partial results of a warp in scratch
 _SPLITS = 16  # of a sequence in batch-invariant mode
 _INVARIANT_SCRATCH = 32 * 2**20
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _STREAMS = 64  # with scratch of their own, per device
 _MAX_COUNTERS = 16384
-
-
-def supports(layout: PageLayout) -> str | None:
-    """Why these pages cannot be attended to by the CUDA kernel, or None if they can."""
-    if layout.format.mean:
-        return "the CUDA kernels have no key references (+mean)"
-    for name, side, size in (("K", layout.format.k, layout.head_size), ("V", layout.format.v, layout.head_size_v)):
-        if size != HEAD_SIZE:
-            return f"the CUDA kernels are built for head size {HEAD_SIZE}, and {name} has {size}"
-        if side.family != "lloyd" or side.bits not in WIDTHS:
-            return f"the CUDA kernels are built for Lloyd–Max codes of 2, 3 and 4 bits, and {name} is stored as {side}"
-    return None
 
 
 class _Params(ctypes.Structure):
@@ -80,13 +63,23 @@ def _words(values: list[int]) -> list[str]:
     return [f"0x{int.from_bytes(bytes(v & 255 for v in values[j : j + 4]), 'little'):08x}u" for j in (0, 4)]
 
 
-def look_up(book: Codebook) -> tuple[list[str], list[str]]:
-    """The byte tables of a codebook, two words each: of codes with a clear sign bit, and of codes with a set one.
+def look_up(side: Side) -> tuple[list[str], list[str]]:
+    """The byte tables of a codebook, two words each.
 
-    A product with the looked-up integer gives the level less one half. Below 4 bits the first table has all codes. At
-    4 bits a look-up gives 0 or -1 where the sign bit is the other (``prmt`` repeats the table byte's top bit), and the
-    sum of both is right; the second table is in reverse order, because its selectors are the complemented codes.
+    A product with the looked-up integer gives the level less one half. Up to eight levels the first table has all. With
+    sixteen a look-up gives 0 or -1 where the selector's top bit is set (``prmt`` repeats the table byte's top bit), and
+    the second one, whose selectors are complemented, where it is clear; the sum of both is right. Its table is in
+    reverse order. The top bit is the sign of a Lloyd–Max code, and the highest bit of a trellis' index, which ascends.
+    With thirty-two levels the tables have magnitudes, the second those of the upper half in reverse order.
     """
+    if side.family == "trellis":
+        m = [int(x) for x in trellis_levels(int(side.bits)).integers]
+        if side.bits == 2:
+            return _words([~x for x in reversed(m)] + m), _words([0] * 8)
+        if side.bits == 3:
+            return _words([~x for x in reversed(m)]), _words([x + 1 for x in reversed(m)])
+        return _words(m[:8]), _words(m[:7:-1])
+    book = lloyd_max(int(side.bits), HEAD_SIZE)
     assert book.integers is not None
     m = [int(x) for x in book.integers]
     if book.bits < 4:
@@ -102,14 +95,12 @@ def constants(k: Side, v: Side) -> dict[str, int | str]:
     """Macros that ``decode.cu`` takes from the format: widths, tables, steps, the rotation's signs."""
     defines: dict[str, int | str] = {"KBITS": int(k.bits), "VBITS": int(v.bits)}
     for name, side in (("K", k), ("V", v)):
-        book = lloyd_max(int(side.bits), HEAD_SIZE)
-        low, high = look_up(book)
+        low, high = look_up(side)
         defines |= {f"{name}T0": low[0], f"{name}T1": low[1], f"{name}U0": high[0], f"{name}U1": high[1]}
-        defines[f"{name}_STEP"] = f"{book.step!r}f"
-    negative = rotation_matrix(HEAD_SIZE)[0] < 0  # the first row of H is all ones, so this row is the signs
-    for i, word in enumerate(np.packbits(negative, bitorder="little").view("<u4")):
-        defines[f"SIGN{i}"] = f"0x{int(word):08x}u"
-    return defines
+        trellis = side.family == "trellis"
+        book = trellis_levels(int(side.bits)) if trellis else lloyd_max(int(side.bits), HEAD_SIZE)
+        defines |= {f"{name}TRELLIS": int(trellis), f"{name}_STEP": f"{book.step!r}f"}
+    return defines | sign_words()
 
 
 @lru_cache(maxsize=256)
@@ -119,14 +110,16 @@ def _kernel(
     """The kernel, its threads, its shared bytes and the floats of a partial result."""
     warps = _WARPS[blocks]
     query_bytes = (1024 + 32) * blocks
-    slot_bytes = 2 * layout.tile_bytes + 16  # a step and its barrier
+    pages = 2 if layout.page_size == 16 else 1  # of a step
+    reference_bytes = layout.page_bytes - layout.reference
+    slot_bytes = 2 * layout.tile_bytes + pages * reference_bytes + 16  # a step and its barrier
     partial_bytes = 4 * 18 * 32 * blocks  # a partial result
     stages = max(_STAGES[blocks], _RING_BYTES // warps // slot_bytes)
     slice_bytes = -(-(stages * slot_bytes + query_bytes) // 128) * 128
     kernel = runtime.kernel(
         "decode.cu", "decode", torch.device("cuda", index), **constants(layout.format.k, layout.format.v),
-        PAGE=layout.page_size, NB=blocks, WARPS=warps, STAGES=stages, SLICE=slice_bytes, QTYPE=_DTYPES[dtype],
-        SOFTCAP=softcap, MASKED=masked, FIXED=fixed,
+        PAGE=layout.page_size, NB=blocks, WARPS=warps, STAGES=stages, SLICE=slice_bytes, QTYPE=DTYPES[dtype],
+        SOFTCAP=softcap, MASKED=masked, FIXED=fixed, MEAN=layout.format.mean,
     )  # fmt: skip
     return kernel, 32 * warps, slice_bytes * warps, partial_bytes // 4
 

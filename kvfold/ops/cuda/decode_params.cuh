@@ -8,10 +8,19 @@
 #define STEP_TOKENS 32
 #define TILE_BYTES (TILE_TOKENS * (D / 8 * (KBITS + VBITS) + 4))
 #define STEP_BYTES (2 * TILE_BYTES)
-#define SLOT_BYTES (STEP_BYTES + 16) // of the ring: a step and its mbarrier
+#define REFERENCE_BYTES (MEAN ? D + 16 : 0) // behind the tiles of a page
+#define PAGE_BYTES (PAGE / TILE_TOKENS * TILE_BYTES + REFERENCE_BYTES) // of a head
 #define COPIES (PAGE == 16 ? 2 : 1)  // of a step
+#define TILE_STRIDE (TILE_BYTES + (PAGE == 16 ? REFERENCE_BYTES : 0)) // in the ring
+#define STEP_END (STEP_BYTES + COPIES * REFERENCE_BYTES) // of a step in the ring, where its mbarrier lies
+#define SLOT_BYTES (STEP_END + 16) // of the ring
 #define WINDOW (32 / COPIES)         // steps whose addresses the lanes of a warp know
 #define V_CODES (TILE_TOKENS * D / 8 * KBITS)
+#define K_INDEX (KBITS + KTRELLIS) // bits of the index of a level
+#define V_INDEX (VBITS + VTRELLIS)
+#define SAME_LEVELS (KBITS == VBITS && KTRELLIS == VTRELLIS)
+#define K_PATH (V_CODES - TILE_TOKENS * D / 8) // of a trellis: its path bits, the last plane
+#define V_PATH (SCALES - TILE_TOKENS * D / 8)
 #define SCALES (TILE_TOKENS * D / 8 * (KBITS + VBITS))
 #define THREADS (32 * WARPS)
 #define ROWS (4 * NB)

@@ -51,6 +51,14 @@ __device__ __forceinline__ void save(const State& S, float* to, int lane) {
     }
 }
 
+// Where a lane's coordinates lie in a row: of quad 0 to 3 of its outputs the first, which another follows, and how far from
+// these the two of row g + 8 are.
+__device__ __forceinline__ int coordinate_of(int g, int quad) {
+    if (VTRELLIS) return 32 * (g >> 1) + 4 * (g & 1) + 16 * (quad >> 1) + 2 * (quad & 1);
+    return (VBITS == 4 ? 8 : 16) * g + 2 * quad;
+}
+constexpr int ROW_DISTANCE = VBITS == 4 && !VTRELLIS ? 64 : 8;
+
 // Partial results that are merged, in the order of the tokens: the first and the last lie anywhere, those between at equal
 // distances.
 struct Chain {
@@ -91,9 +99,9 @@ __device__ __noinline__ void merge(const Chain chain, int first, int stride, flo
     }
     if (rows) {
         const int g = lane >> 2, row = (quad & ~3) + (lane & 3);
-        float* const at_row = to + row * D + (VBITS == 4 ? 8 : 16) * g + 2 * (quad & 3);
+        float* const at_row = to + row * D + coordinate_of(g, quad & 3);
         *(float2*)at_row = make_float2(o.x, o.z);
-        *(float2*)(at_row + (VBITS == 4 ? 64 : 8)) = make_float2(o.y, o.w);
+        *(float2*)(at_row + ROW_DISTANCE) = make_float2(o.y, o.w);
         if (lane < 4 && (quad & 3) == 0) ((float2*)(to + ROWS * D))[row] = make_float2(top, total);
     } else {
         ((float4*)to)[at] = o;

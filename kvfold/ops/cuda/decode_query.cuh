@@ -2,19 +2,17 @@
 #pragma once
 
 #include "decode_work.cuh"
+#include "rotation.cuh"
 
 // Two neighbouring values as a word of the output's dtype.
 __device__ __forceinline__ u32 pack2(float low, float high) {
     return QTYPE == 0 ? pack_bf16(low, high) : pack_f16(low, high);
 }
 
-// Signs of the rotation for the 32 coordinates from 32 * quarter.
-__device__ __forceinline__ u32 signs(int quarter) {
-    return quarter == 0 ? SIGN0 : quarter == 1 ? SIGN1 : quarter == 2 ? SIGN2 : SIGN3;
-}
-
 struct Query {
-    u32 b[NB][8];     // rotated q in 16-bit fixed point: column 2 r its high bytes, 2 r + 1 its low bytes
+    // rotated q in 16-bit fixed point, column 2 r its high bytes, 2 r + 1 its low bytes; with key references in the order in
+    // which words of these lie side by side (reference_scores)
+    u32 b[NB][8];
     int half_sum[NB]; // what the levels' halves add: sum of the row's fixed-point q / 2
     float unit[NB];   // value of one unit of the integer scores, in log2
     int from[NB], to[NB]; // visible positions of the row of this lane's columns
@@ -56,19 +54,6 @@ __device__ __forceinline__ void load_rows(const Params& P, Four (&raw)[ROWS], in
         raw[r] = *(const Four*)((const u8*)P.q + at * (QTYPE == 2 ? 4 : 2));
         if (row++ < last && ++j == P.group) j = 0, t++;
     }
-}
-
-// Products with the Hadamard matrix, not normalised; a lane holds four neighbouring coordinates.
-__device__ __forceinline__ float4 hadamard(float4 v, int lane) {
-    const float u0 = v.x + v.y, u1 = v.x - v.y, u2 = v.z + v.w, u3 = v.z - v.w;
-    v = make_float4(u0 + u2, u1 + u3, u0 - u2, u1 - u3);
-#pragma unroll
-    for (int k = 1; k < 32; k <<= 1) {
-        const float own = lane & k ? -1.f : 1.f;
-        v.x = fmaf(own, v.x, __shfl_xor_sync(~0u, v.x, k)), v.y = fmaf(own, v.y, __shfl_xor_sync(~0u, v.y, k));
-        v.z = fmaf(own, v.z, __shfl_xor_sync(~0u, v.z, k)), v.w = fmaf(own, v.w, __shfl_xor_sync(~0u, v.w, k));
-    }
-    return v;
 }
 
 // Rotate rows of an item (those with number `rank` modulo `ranks`) and cut them into bytes: [row][high, low][128
@@ -138,8 +123,8 @@ __device__ __forceinline__ void load_query(Query& Q, const u8* from, int lane) {
     for (int nb = 0; nb < NB; nb++) {
         const uint4* words = (const uint4*)(from + (nb * 4 + (g >> 1)) * 256 + (g & 1) * 128 + 32 * i);
         const uint4 v = words[0], w = words[1];
-        Q.b[nb][0] = v.x, Q.b[nb][1] = v.y, Q.b[nb][2] = v.z, Q.b[nb][3] = v.w;
-        Q.b[nb][4] = w.x, Q.b[nb][5] = w.y, Q.b[nb][6] = w.z, Q.b[nb][7] = w.w;
+        Q.b[nb][0] = v.x, Q.b[nb][1] = MEAN ? v.z : v.y, Q.b[nb][2] = MEAN ? v.y : v.z, Q.b[nb][3] = v.w;
+        Q.b[nb][4] = w.x, Q.b[nb][5] = MEAN ? w.z : w.y, Q.b[nb][6] = MEAN ? w.y : w.z, Q.b[nb][7] = w.w;
         const int2 sums = ((const int2*)(from + ROWS * 256))[nb * 4 + i];
         Q.unit[nb] = flt((u32)sums.x), Q.half_sum[nb] = sums.y;
     }

@@ -1,37 +1,7 @@
 // The work on 32 tokens: scores, weights, output.
 #pragma once
 
-#include "decode_partial.cuh"
-
-// What a lane needs in each step and the compiler would compute anew. The first words of the byte tables are among them: a
-// constant, or anything that is known to be the same in all lanes, would be copied before each of its hundred uses.
-struct Lane {
-    u32 k_low, k_high, v_low, v_high;
-    u32 k0, k1, scales, v, v_top; // where its rows of K, its tokens' scales, its codes of V and their top bits lie in a tile
-    u32 scale_order, word_order; // selectors: of the first token's scale in a pair, of the weights' operand
-    u32 minus_one, low_nibbles;
-};
-
-__device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
-
-__device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
-    const u32 g = lane >> 2, i = lane & 3, zero = (P.minus_one + 1) * lane; // a zero that the compiler does not know
-    Lane L;
-    L.k_low = pin(KT0 + zero, lane), L.k_high = KBITS == 4 ? pin(KU0 + zero, lane) : 0;
-    L.v_low = VBITS == KBITS ? L.k_low : pin(VT0 + zero, lane);
-    L.v_high = VBITS == KBITS ? L.k_high : VBITS == 4 ? pin(VU0 + zero, lane) : 0;
-    // rows g and g + 8 of the product are tokens 2 g and 2 g + 1, in an order that avoids bank conflicts
-    const u32 row = KBITS == 4 ? 64 : 32, part = KBITS == 4 ? 16 : 8;
-    L.k0 = pin((2 * g + swapped(lane)) * row + part * i, lane);
-    L.k1 = pin((2 * g + 1 - swapped(lane)) * row + part * i, lane);
-    L.scales = pin(4 * g, lane);
-    L.v = pin(V_CODES + 64 * g + 16 * i, lane);
-    L.v_top = VBITS == 3 ? pin(V_CODES + 512 + 64 * (g >> 1) + 16 * i, lane) : 0;
-    L.scale_order = pin(swapped(lane) ? 0x3244u : 0x1044u, lane);
-    L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
-    L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
-    return L;
-}
+#include "decode_codes.cuh"
 
 // Sums in units that are 2^shift times as large.
 __device__ __forceinline__ void lower(State& S, int nb, int shift) {
@@ -110,65 +80,74 @@ __device__ __forceinline__ void relieve(State& S) {
     }
 }
 
-// Words of a K row for the four k-steps of a lane: eight codes each, in eight nibbles.
-__device__ __forceinline__ void load_k(u32 tile, u32 at, u32 (&w)[4]) {
-#if KBITS == 4
-    const uint4 v = load_16(tile + at);
-    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
-#else
-    const uint2 v = load_8(tile + at);
-#if KBITS == 2
-    w[0] = v.x & 0x33333333u, w[1] = (v.x >> 2) & 0x33333333u;
-    w[2] = v.y & 0x33333333u, w[3] = (v.y >> 2) & 0x33333333u;
-#else
-    const u32 h = load_4(tile + 512 + at / 2);
-    w[0] = (v.x & 0x33333333u) | ((h << 2) & 0x44444444u);
-    w[1] = ((v.x >> 2) & 0x33333333u) | ((h << 1) & 0x44444444u);
-    w[2] = (v.y & 0x33333333u) | (h & 0x44444444u);
-    w[3] = ((v.y >> 2) & 0x33333333u) | ((h >> 1) & 0x44444444u);
-#endif
-#endif
+#define PAGES (PAGE == 16 ? 2 : 1) // of a step
+
+// Of a lane's four tokens.
+__device__ __forceinline__ constexpr int page_of(int t) { return PAGES == 2 ? t >> 1 : 0; }
+
+// What the key references of a step's pages add to the scores of the lane's rows, in log2.
+__device__ __forceinline__ void reference_scores(const Query& Q, u32 step, u32 i, float (&r)[NB][PAGES]) {
+#pragma unroll
+    for (int p = 0; p < PAGES; p++) {
+        const u32 reference = step + (PAGE == 16 ? p * TILE_STRIDE + TILE_BYTES : STEP_BYTES);
+        const uint4 v = load_16(reference + 32 * i), w = load_16(reference + 32 * i + 16);
+        const float scale = flt(load_4(reference + D + 12) & 0xffff0000u) * (1.f / K_STEP); // a query's unit has K's step
+#pragma unroll
+        for (int nb = 0; nb < NB; nb++) {
+            // A's registers are four neighbouring words of the reference, the same for all g. Rows g have the first and the
+            // third, which fit q's in c; rows g + 8 the others, which fit those in d. Every lane has the sums of its own columns.
+            int c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
+            mma_s8(c, v.x, v.y, v.z, v.w, Q.b[nb][0], Q.b[nb][1]);
+            mma_s8(d, v.x, v.y, v.z, v.w, Q.b[nb][2], Q.b[nb][3]);
+            mma_s8(c, w.x, w.y, w.z, w.w, Q.b[nb][4], Q.b[nb][5]);
+            mma_s8(d, w.x, w.y, w.z, w.w, Q.b[nb][6], Q.b[nb][7]);
+            r[nb][p] = (float)((c[0] + d[2]) * 256 + (c[1] + d[3])) * (Q.unit[nb] * scale);
+        }
+    }
 }
 
-// Nibbles of the same byte of eight tokens, four of each tile: low nibbles and high nibbles of the byte.
-__device__ __forceinline__ void interleave(u32 x, u32 y, u32 mask, u32& low, u32& high) {
-    low = select(x, y << 4, mask);
-    high = select(x >> 4, y, mask);
-}
+__device__ __forceinline__ float score(float x, float unit, float r) { return MEAN ? fmaf(x, unit, r) : x * unit; }
 
 template <bool EDGE>
 __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query& Q, State& S, u32 tiles, int lane,
                                      int b, int hr, int at, u32& dither, float headroom) {
-    // scores: K q, as integers with a factor
-    float x[NB][4], unit[NB][4], vs[4];
+    // scores: K q, as integers with a factor, and what is added to those of a page
+    float x[NB][4], unit[NB][4], vs[4], r[NB][PAGES];
+    if (MEAN) reference_scores(Q, tiles, lane & 3, r);
     {
         float ks[4];
         // with one block of rows each look-up has sums of its own, so that products wait less for each other
-        constexpr bool APART = NB == 1 && KBITS == 4;
+        constexpr bool APART = NB == 1 && K_INDEX == 4;
         int c[2][NB][4], d[2][NB][4];
 #pragma unroll
         for (int a = 0; a < 2; a++) {
-            const u32 tile = tiles + a * TILE_BYTES;
+            const u32 tile = tiles + a * TILE_STRIDE;
             const u32 kw = load_4(tile + L.scales + SCALES), vw = load_4(tile + L.scales + (SCALES + 32));
             const u32 first = L.scale_order, second = first ^ 0x2200u;
             ks[2 * a] = flt(prmt(kw, 0, first)), ks[2 * a + 1] = flt(prmt(kw, 0, second));
             vs[2 * a] = flt(prmt(vw, 0, first)), vs[2 * a + 1] = flt(prmt(vw, 0, second));
-            u32 w0[4], w1[4];
-            load_k(tile, L.k0, w0);
-            load_k(tile, L.k1, w1);
+            u32 w0[4], w1[4], n0[4], n1[4];
+            load_k(L, tile, L.k0, w0, n0);
+            load_k(L, tile, L.k1, w1, n1);
 #pragma unroll
             for (int nb = 0; nb < NB; nb++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) c[a][nb][e] = e & 1 ? Q.half_sum[nb] : 0, d[a][nb][e] = 0;
 #pragma unroll
             for (int k = 0; k < 4; k++) {
-                const u32 h0 = upper(w0[k]), h1 = upper(w1[k]);
-                u32 a0 = prmt(L.k_low, KT1, w0[k]), a1 = prmt(L.k_low, KT1, w1[k]);
+                const u32 l0 = codes_of(w0, k, 0), l1 = codes_of(w1, k, 0), h0 = codes_of(w0, k, 1), h1 = codes_of(w1, k, 1);
+                u32 a0 = prmt(L.k_low, KT1, l0), a1 = prmt(L.k_low, KT1, l1);
                 u32 a2 = prmt(L.k_low, KT1, h0), a3 = prmt(L.k_low, KT1, h1);
+#if K_INDEX == 5
+                a0 = magnitudes(a0, L.k_high, KU1, l0, L.minus_one) ^ sign_bytes(n0[word_of(k, 0)], is_upper(k, 0));
+                a1 = magnitudes(a1, L.k_high, KU1, l1, L.minus_one) ^ sign_bytes(n1[word_of(k, 0)], is_upper(k, 0));
+                a2 = magnitudes(a2, L.k_high, KU1, h0, L.minus_one) ^ sign_bytes(n0[word_of(k, 1)], is_upper(k, 1));
+                a3 = magnitudes(a3, L.k_high, KU1, h1, L.minus_one) ^ sign_bytes(n1[word_of(k, 1)], is_upper(k, 1));
+#endif
 #pragma unroll
                 for (int nb = 0; nb < NB; nb++) mma_s8(c[a][nb], a0, a1, a2, a3, Q.b[nb][2 * k], Q.b[nb][2 * k + 1]);
-#if KBITS == 4
-                a0 = prmt(L.k_high, KU1, complement(w0[k], L.minus_one)), a1 = prmt(L.k_high, KU1, complement(w1[k], L.minus_one));
+#if K_INDEX == 4
+                a0 = prmt(L.k_high, KU1, complement(l0, L.minus_one)), a1 = prmt(L.k_high, KU1, complement(l1, L.minus_one));
                 a2 = prmt(L.k_high, KU1, complement(h0, L.minus_one)), a3 = prmt(L.k_high, KU1, complement(h1, L.minus_one));
 #pragma unroll
                 for (int nb = 0; nb < NB; nb++) mma_s8(APART ? d[a][nb] : c[a][nb], a0, a1, a2, a3, Q.b[nb][2 * k], Q.b[nb][2 * k + 1]);
@@ -186,16 +165,19 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
                 unit[nb][t] = Q.unit[nb] * ks[t];
 #if SOFTCAP
                 {
-                    const float z = x[nb][t] * unit[nb][t] * P.softcap_inv; // tanh by exp2: tanh.approx is too coarse
+                    // tanh by exp2: tanh.approx is too coarse
+                    const float z = score(x[nb][t], unit[nb][t], r[nb][page_of(t)]) * P.softcap_inv;
                     const float e = ex2(fminf(fabsf(z), 20.f) * 2.8853900817779268f);
                     const float y = (e - 1.f) / (e + 1.f);
                     x[nb][t] = z == z ? (z < 0.f ? -y : y) : z, unit[nb][t] = P.softcap_log2;
+                    if (t == 4 - 1 || page_of(t) != page_of(t + 1)) r[nb][page_of(t)] = 0.f; // z has it
                 }
 #endif
             }
     }
     if (EDGE) {
         const int g = lane >> 2, swap = swapped(lane);
+        bool used[NB][PAGES] = {};
 #pragma unroll
         for (int t = 0; t < 4; t++) {
             const int j = at + 16 * (t >> 1) + 2 * g + (t & 1 ? 1 - swap : swap);
@@ -212,10 +194,16 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
 #endif
                 if (!seen) x[nb][t] = -flt(0x7f800000u), unit[nb][t] = 1.f;
                 any |= seen;
+                used[nb][page_of(t)] |= seen;
             }
             // what nobody wrote may be NaN or huge: no row of this lane may meet it
             if (!any) vs[t] = 0.f;
         }
+#pragma unroll
+        for (int nb = 0; nb < NB; nb++)
+#pragma unroll
+            for (int p = 0; p < PAGES; p++)
+                if (!used[nb][p]) r[nb][p] = 0.f;
     }
 
     // weights: exp2(score - top) * V scale, in 16-bit fixed point
@@ -227,7 +215,7 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
         float p[4], w[4];
 #pragma unroll
         for (int t = 0; t < 4; t++) {
-            p[t] = ex2(fmaf(x[nb][t], unit[nb][t], -S.top[nb]));
+            p[t] = ex2(fmaf(x[nb][t], unit[nb][t], MEAN ? r[nb][page_of(t)] - S.top[nb] : -S.top[nb]));
             w[t] = p[t] * vs[t];
             if (EDGE && NB > 1 && x[nb][t] == -flt(0x7f800000u)) w[t] = 0.f;
         }
@@ -237,7 +225,7 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
             float s[4], own[4];
 #pragma unroll
             for (int t = 0; t < 4; t++) {
-                s[t] = x[nb][t] * unit[nb][t];
+                s[t] = score(x[nb][t], unit[nb][t], r[nb][page_of(t)]);
                 own[t] = EDGE && NB > 1 && x[nb][t] == -flt(0x7f800000u) ? 0.f : vs[t];
             }
             move_references(S, nb, s, own, headroom);
@@ -262,59 +250,23 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
     }
 
     // output: V^T w
-    const u32 codes = tiles + L.v;
-    const uint4 xa = load_16(codes), ya = load_16(codes + TILE_BYTES);
-#if VBITS == 4
-    const uint4 xb = load_16(codes + 512), yb = load_16(codes + (512 + TILE_BYTES));
-    const u32 xs[2][4] = {{xa.x, xa.y, xa.z, xa.w}, {xb.x, xb.y, xb.z, xb.w}};
-    const u32 ys[2][4] = {{ya.x, ya.y, ya.z, ya.w}, {yb.x, yb.y, yb.z, yb.w}};
-#else
-    const u32 xs[4] = {xa.x, xa.y, xa.z, xa.w}, ys[4] = {ya.x, ya.y, ya.z, ya.w};
-#if VBITS == 3
-    const u32 top_bits = tiles + L.v_top;
-    const uint4 ha = load_16(top_bits), ka = load_16(top_bits + TILE_BYTES);
-    const u32 hs[4] = {ha.x, ha.y, ha.z, ha.w}, ks[4] = {ka.x, ka.y, ka.z, ka.w};
-    const u32 shift = lane >> 1 & 2;
-#endif
+    for_values(L, tiles, lane, [&](int j, u32 e, u32 f, u32 e_negative, u32 f_negative) {
+        const u32 eh = upper(e), fh = upper(f);
+        u32 a0 = prmt(L.v_low, VT1, e), a1 = prmt(L.v_low, VT1, f);
+        u32 a2 = prmt(L.v_low, VT1, eh), a3 = prmt(L.v_low, VT1, fh);
+#if V_INDEX == 5
+        a0 = magnitudes(a0, L.v_high, VU1, e, L.minus_one) ^ sign_bytes(e_negative, false);
+        a1 = magnitudes(a1, L.v_high, VU1, f, L.minus_one) ^ sign_bytes(f_negative, false);
+        a2 = magnitudes(a2, L.v_high, VU1, eh, L.minus_one) ^ sign_bytes(e_negative, true);
+        a3 = magnitudes(a3, L.v_high, VU1, fh, L.minus_one) ^ sign_bytes(f_negative, true);
 #endif
 #pragma unroll
-    for (int byte = 0; byte < 4; byte++) {
-        u32 code[2][2]; // [nibble of the byte][row g, row g + 8]
-#if VBITS == 4
-        interleave(xs[0][byte], ys[0][byte], L.low_nibbles, code[0][0], code[1][0]);
-        interleave(xs[1][byte], ys[1][byte], L.low_nibbles, code[0][1], code[1][1]);
-#else
-        u32 pair[2];
-        interleave(xs[byte], ys[byte], L.low_nibbles, pair[0], pair[1]);
-#if VBITS == 3
-        u32 top[2];
-        interleave(hs[byte], ks[byte], L.low_nibbles, top[0], top[1]);
-#endif
+        for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
+#if V_INDEX == 4
+        a0 = prmt(L.v_high, VU1, complement(e, L.minus_one)), a1 = prmt(L.v_high, VU1, complement(f, L.minus_one));
+        a2 = prmt(L.v_high, VU1, complement(eh, L.minus_one)), a3 = prmt(L.v_high, VU1, complement(fh, L.minus_one));
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-            code[n][0] = pair[n] & 0x33333333u;
-            code[n][1] = (pair[n] >> 2) & 0x33333333u;
-#if VBITS == 3
-            const u32 t = top[n] >> shift;
-            code[n][0] |= (t << 2) & 0x44444444u;
-            code[n][1] |= (t << 1) & 0x44444444u;
+        for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
 #endif
-        }
-#endif
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-            const int j = 2 * byte + n;
-            const u32 e = code[n][0], f = code[n][1], eh = upper(e), fh = upper(f);
-            u32 a0 = prmt(L.v_low, VT1, e), a1 = prmt(L.v_low, VT1, f);
-            u32 a2 = prmt(L.v_low, VT1, eh), a3 = prmt(L.v_low, VT1, fh);
-#pragma unroll
-            for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
-#if VBITS == 4
-            a0 = prmt(L.v_high, VU1, complement(e, L.minus_one)), a1 = prmt(L.v_high, VU1, complement(f, L.minus_one));
-            a2 = prmt(L.v_high, VU1, complement(eh, L.minus_one)), a3 = prmt(L.v_high, VU1, complement(fh, L.minus_one));
-#pragma unroll
-            for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
-#endif
-        }
-    }
+    });
 }

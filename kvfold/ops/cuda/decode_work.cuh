@@ -65,7 +65,8 @@ struct Copies {
     int step, left;
 };
 
-// The addresses of the next `steps` steps, for as many times COPIES lanes from `first` on. 0: there is no such page.
+// The addresses of the next `steps` steps, for as many times COPIES lanes from `first` on. 0: there is no such page. With key
+// references bit 0 is set in the second step of a page.
 __device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& source, u32 first, int steps, u32 lane) {
     Copies c = copies;
     const int mine = (lane - first) / COPIES; // huge for lanes before the first
@@ -84,7 +85,7 @@ __device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& so
             }
             if (there) {
                 source = (u64)P.pages + (u64)(u32)P.table[(i64)c.item.x * P.table_stride + page] * P.page_stride;
-                source += head_of(P, c.item.y) * (PAGE / 16 * TILE_BYTES) + (PAGE == 64 ? (step & 1) * STEP_BYTES : 0);
+                source += head_of(P, c.item.y) * PAGE_BYTES + (PAGE == 64 ? (step & 1) * (STEP_BYTES + MEAN) : 0);
             }
         }
         done += n, c.step += n, c.left -= n;
@@ -93,6 +94,9 @@ __device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& so
     if (lane == 0) copies = c;
     __syncwarp();
 }
+
+// Of an address that is not 0.
+__device__ __forceinline__ u64 tiles_at(u64 source) { return MEAN && PAGE == 64 ? source & ~(u64)1 : source; }
 
 #if !FIXED
 // How the steps of all sequences are dealt out to the warps of the grid.

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import torch
 
-from kvfold.codebooks import lloyd_max
+from kvfold.codebooks import lloyd_max, trellis_levels
 from kvfold.errors import FormatError, ShapeError
 from kvfold.formats import TILE, Side
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import runtime
-from kvfold.ops.cuda.store import HEAD_SIZE, WIDTHS
+from kvfold.ops.cuda.formats import HEAD_SIZE, side_defines, supports
 
 _WARPS = 8  # of a block, as in expand.cu
 _PEAK_BLOCKS = 1056  # as many as an H200 holds at once: more warps wait for memory together
@@ -26,20 +26,6 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 SMALLEST_PEAK = 2.0**-100
 """Below it nothing is scaled up: the reciprocal and its products stay finite."""
-
-
-def supports(layout: PageLayout) -> str | None:
-    """Why the kernel cannot read these pages, or None if it can."""
-    if layout.format.mean:
-        return "the CUDA expand kernel has no key references (+mean)"
-    for name, side, size in (("K", layout.format.k, layout.head_size), ("V", layout.format.v, layout.head_size_v)):
-        if size != HEAD_SIZE:
-            return f"the CUDA expand kernel is built for head size {HEAD_SIZE}, and {name} has {size}"
-        if side.family != "lloyd" or side.bits not in WIDTHS:
-            return (
-                f"the CUDA expand kernel reads Lloyd–Max codes of 2, 3 and 4 bits, and {name} is stored as {side.name}"
-            )
-    return None
 
 
 # --- what the kernel is told ------------------------------------------------------------------------------------------
@@ -80,29 +66,30 @@ class _Chunk(ctypes.Structure):
 
 
 def _levels(side: Side) -> _Levels:
-    """Bytes of the levels in units of half a step: by code, or with 4 bits the positive ones, as the sign is a bit."""
-    book = lloyd_max(int(side.bits), HEAD_SIZE)
+    """Bytes of the levels in units of half a step: by code, or with 4 bits the positive ones, as the sign is a bit.
+
+    Of a trellis by index, ascending, or the positive ones if there are 16; of 32 the magnitudes' integers.
+    """
+    trellis = side.family == "trellis"
+    book = trellis_levels(int(side.bits)) if trellis else lloyd_max(int(side.bits), HEAD_SIZE)
     assert book.integers is not None  # up to 4 bits there always are
+    eight = ctypes.c_uint8 * 8
+    if trellis and side.bits == 4:
+        return _Levels(eight(*book.integers[:8].tolist()), eight(*book.integers[8:].tolist()), book.step / 2)
     odd = torch.from_numpy(2 * book.integers + 1).float()
     if len(odd) < 8:
-        odd = torch.cat([odd, -odd])
+        odd = torch.cat([-odd.flip(0), odd] if trellis else [odd, -odd])
     bits = odd.bfloat16().view(torch.int16).int().tolist()
     upper, lower = ([word >> shift & 0xFF for word in bits] for shift in (8, 0))
-    eight = ctypes.c_uint8 * 8
     return _Levels(eight(*upper), eight(*lower), book.step / 2)
 
 
 def _defines(layout: PageLayout, dtype: torch.dtype, wide_table: bool) -> dict[str, int | str]:
     return {
         "TILE_BYTES": layout.tile_bytes,
-        "K_BITS": int(layout.format.k.bits),
-        "K_PLANE0": layout.k_planes[0],
-        "K_PLANE1": layout.k_planes[-1],
-        "K_SCALES": layout.k_scales,
-        "V_BITS": int(layout.format.v.bits),
-        "V_PLANE0": layout.v_planes[0],
-        "V_PLANE1": layout.v_planes[-1],
-        "V_SCALES": layout.v_scales,
+        **side_defines("K", layout.format.k, layout.k_planes, layout.k_scales),
+        **side_defines("V", layout.format.v, layout.v_planes, layout.v_scales),
+        "MEAN": int(layout.format.mean),
         "FLOAT16": int(dtype == torch.float16),
         "WIDE_TABLE": int(wide_table),
     }
@@ -229,7 +216,8 @@ def find_peaks(
     starts: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
     *, tokens: int, dtype: torch.dtype = torch.float16, chunk: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Float32 ``[2]``: the largest finite scales of K and of V among the windows' tokens, 2^-100 at least.
+    """Float32 ``[2]``: the largest finite scales of K and of V among the windows' tokens, and 2^-100 at least. Sixteen
+    times those of the pages' key references count for K.
 
     Arguments are as of :func:`expand_window`, ``dtype`` of the windows that will be expanded. Without starts and
     lengths every sequence's first ``tokens`` tokens are looked at. ``chunk`` are K and V, 16-bit floats ``[n, H, 128]``

@@ -27,7 +27,8 @@ import torch
 from kvfold.errors import ShapeError
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import dense, expand, runtime
-from kvfold.ops.cuda.decode import constants, decode_attention
+from kvfold.ops.cuda.decode import decode_attention
+from kvfold.ops.cuda.formats import DTYPES, sign_words
 from kvfold.ops.lengths import on_host
 from kvfold.ops.options import AttentionOptions
 
@@ -36,7 +37,6 @@ WINDOW_BYTES = 64 * 2**20
 
 _FEW_ROWS = 64  # query rows of a KV head up to which the decode kernel is faster
 _MOST_QUERIES = 2**14  # of a call of FlashAttention-3, so that windows hold the keys of several heads
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1}
 _CAPACITY = 16  # partial results that are joined at once, unless there are more
 
 _ROOM = 64.0  # rotated queries are divided by it, see prefill.cu
@@ -69,14 +69,13 @@ class _Rotations(ctypes.Structure):
     _fields_ = (("jobs", _Rotate * 3), ("peaks", ctypes.c_void_p))
 
 
-def _defines(layout: PageLayout, dtype: torch.dtype) -> dict[str, int | str]:
-    signs = {n: v for n, v in constants(layout.format.k, layout.format.v).items() if n.startswith("SIGN")}
-    return {"CAPACITY": 1, "ROTATED": 1, "QTYPE": _DTYPES[dtype], **signs}
+def _defines(dtype: torch.dtype) -> dict[str, int | str]:
+    return {"CAPACITY": 1, "ROTATED": 1, "QTYPE": DTYPES[dtype], **sign_words()}
 
 
 @lru_cache(maxsize=64)
 def _rotate_kernel(layout: PageLayout, dtype: torch.dtype, index: int) -> runtime.Kernel:
-    return runtime.kernel("prefill.cu", "rotate", torch.device("cuda", index), **_defines(layout, dtype))
+    return runtime.kernel("prefill.cu", "rotate", torch.device("cuda", index), **_defines(dtype))
 
 
 @lru_cache(maxsize=64)
@@ -94,7 +93,7 @@ def _merge_kernel(
             *((name, ctypes.c_int32) for name in ("rows", "heads", "count", "rotated")),
         )
 
-    defines = _defines(layout, dtype) | {"CAPACITY": capacity, "ROTATED": int(rotated or capacity > 1)}
+    defines = _defines(dtype) | {"CAPACITY": capacity, "ROTATED": int(rotated or capacity > 1)}
     return runtime.kernel("prefill.cu", "merge", torch.device("cuda", index), **defines), Merge
 
 

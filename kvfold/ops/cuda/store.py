@@ -1,5 +1,8 @@
 """Storing K and V by the CUDA C++ kernel in ``store.cu``: one launch for both, whatever the strides and slots.
 
+With key references a launch of :mod:`kvfold.ops.cuda.references` goes ahead, which opens pages. Sides with codes of a
+trellis are stored by a launch of :mod:`kvfold.ops.cuda.store_trellis`.
+
 Bytes equal the reference's but where float32 rounding decides (the sums run in another order): a coordinate at a
 threshold, a scale half-way between two bfloat16, two prescales that are equally good. Such a tie changes a code, or a
 vector's scale with the codes that follow from it, and its error stays the same to rounding. A zero vector has scale 0
@@ -19,31 +22,15 @@ from kvfold.codecs.scaling import prescale_candidates
 from kvfold.errors import FormatError, ShapeError
 from kvfold.formats import MAX_PRESCALES, TILE, Side
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda import runtime
+from kvfold.ops.cuda import runtime, store_trellis
+from kvfold.ops.cuda.formats import DTYPES, HEAD_SIZE, side_defines, supports
+from kvfold.ops.cuda.references import open_pages
 from kvfold.rotation import rotation_matrix
 
-HEAD_SIZE = 128
-WIDTHS = (2, 3, 4)
-
 _WARPS, _FEW_WARPS = 8, 4  # of a block of either kernel, as in store.cu
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _RULES = {"plain": 0, "unbiased": 1, "nc": 2, "mse": 3}
 _FEW = 2048  # vectors (tokens x heads) up to which the kernel for few tokens is faster
 _ALIGN_FROM = 64  # tokens from which on tiles follow the slots: for fewer, waiting for the first slot costs more
-
-
-def supports(layout: PageLayout) -> str | None:
-    """Why the kernel cannot store into these pages, or None if it can."""
-    if layout.format.mean:
-        return "the CUDA store kernel has no key references (+mean)"
-    for name, side, size in (("K", layout.format.k, layout.head_size), ("V", layout.format.v, layout.head_size_v)):
-        if size != HEAD_SIZE:
-            return f"the CUDA store kernel is built for head size {HEAD_SIZE}, and {name} has {size}"
-        if side.family != "lloyd" or side.bits not in WIDTHS:
-            return (
-                f"the CUDA store kernel writes Lloyd–Max codes of 2, 3 and 4 bits, and {name} is stored as {side.name}"
-            )
-    return None
 
 
 # --- what the kernel is told ------------------------------------------------------------------------------------------
@@ -78,6 +65,9 @@ class _Call(ctypes.Structure):
 
 
 def _recipe(side: Side) -> _Recipe:
+    """Zeros of a side with other codes."""
+    if side.family != "lloyd":
+        return _Recipe()
     book = lloyd_max(int(side.bits), HEAD_SIZE)
     assert book.integers is not None  # up to 4 bits there always are
     candidates = prescale_candidates(side.prescales)
@@ -103,12 +93,20 @@ def _flips() -> tuple[int, ...]:
     return tuple(lanes)
 
 
-class _Plan(NamedTuple):
+class _Lloyd(NamedTuple):
+    """Of the sides with Lloyd–Max codes."""
+
     kernel: runtime.Kernel
     few: runtime.Kernel
     few_tokens: int  # of a block of the latter
     format: _Format
+    sides: int
     blocks: int  # that run at once, of each side
+
+
+class _Plan(NamedTuple):
+    lloyd: _Lloyd | None
+    trellis: store_trellis.Plan | None
     page_bytes: int
     page_shift: int
 
@@ -118,20 +116,16 @@ Input = tuple[torch.dtype, bool]
 
 
 def _defines(layout: PageLayout, k: Input, v: Input) -> dict[str, int | str]:
-    defines: dict[str, int | str] = {"TILE_BYTES": layout.tile_bytes}
+    defines: dict[str, int | str] = {"TILE_BYTES": layout.tile_bytes, "MEAN": int(layout.format.mean)}
     for name, side, planes, scales, given in (
         ("K", layout.format.k, layout.k_planes, layout.k_scales, k),
         ("V", layout.format.v, layout.v_planes, layout.v_scales, v),
     ):
-        defines |= {
-            f"{name}_BITS": int(side.bits),
+        defines |= side_defines(name, side, planes, scales) | {
             f"{name}_RULE": _RULES[side.scale],
             f"{name}_SEARCH": int(side.prescales > 1),
-            f"{name}_TYPE": _DTYPES[given[0]],
+            f"{name}_TYPE": DTYPES[given[0]],
             f"{name}_VECTOR": int(given[1]),
-            f"{name}_PLANE0": planes[0],
-            f"{name}_PLANE1": planes[-1],
-            f"{name}_SCALES": scales,
         }
     return defines
 
@@ -141,21 +135,24 @@ def _plan(layout: PageLayout, k: Input, v: Input, device: torch.device) -> _Plan
     if reason := supports(layout):
         raise FormatError(f"{reason}; use ops.backend('auto'), which chooses an implementation that can")
     defines = _defines(layout, k, v)
-    searches = layout.format.k.prescales > 1 or layout.format.v.prescales > 1
-    return _Plan(
-        runtime.kernel("store.cu", "store", device, **defines),
-        runtime.kernel("store.cu", "store_few", device, **defines),
-        _FEW_WARPS * (1 if searches else 4),
-        _Format(_recipe(layout.format.k), _recipe(layout.format.v), (ctypes.c_uint32 * 4)(*_flips())),
-        torch.cuda.get_device_properties(device).multi_processor_count,
-        layout.page_bytes,
-        layout.page_size.bit_length() - 1,
-    )
+    sides = [side for side in (layout.format.k, layout.format.v) if side.family == "lloyd"]
+    lloyd = None
+    if sides:
+        lloyd = _Lloyd(
+            runtime.kernel("store.cu", "store", device, **defines),
+            runtime.kernel("store.cu", "store_few", device, **defines),
+            _FEW_WARPS * (1 if any(side.prescales > 1 for side in sides) else 4),
+            _Format(_recipe(layout.format.k), _recipe(layout.format.v), (ctypes.c_uint32 * 4)(*_flips())),
+            len(sides),
+            torch.cuda.get_device_properties(device).multi_processor_count,
+        )
+    trellis = store_trellis.plan(layout, defines, _flips(), device)
+    return _Plan(lloyd, trellis, layout.page_bytes, layout.page_size.bit_length() - 1)
 
 
 # --- store ------------------------------------------------------------------------------------------------------------
 
-_PER_LOAD = {dtype: 16 // dtype.itemsize for dtype in _DTYPES}
+_PER_LOAD = {dtype: 16 // dtype.itemsize for dtype in DTYPES}
 
 
 def _input(name: str, dtype: torch.dtype, address: int, strides: tuple[int, ...]) -> Input:
@@ -165,7 +162,10 @@ def _input(name: str, dtype: torch.dtype, address: int, strides: tuple[int, ...]
     return dtype, strides[2] == 1 and not (address % 16 or strides[0] % per_load or strides[1] % per_load)
 
 
-def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout) -> None:
+def store_kv(
+    k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, layout: PageLayout,
+    previous: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """See :func:`kvfold.ops.store_kv`, for layouts that :func:`supports` and bf16, f16 or f32 tensors.
 
     Raises:
@@ -177,18 +177,29 @@ def store_kv(k: torch.Tensor, v: torch.Tensor, pages: torch.Tensor, slots: torch
     k_strides, v_strides = k.stride(), v.stride()
     if pages_address % 16:
         raise ShapeError("pages begin at a multiple of 16 bytes; do not slice them out of a buffer at odd offsets")
-    plan = _plan(
-        layout, _input("k", k.dtype, k_address, k_strides), _input("v", v.dtype, v_address, v_strides), pages.device
-    )
+    k_input = _input("k", k.dtype, k_address, k_strides)
+    plan = _plan(layout, k_input, _input("v", v.dtype, v_address, v_strides), pages.device)
     tokens, heads = len(k), pages.shape[1]
     align = tokens >= _ALIGN_FROM
     slots = slots.contiguous()
+    if layout.format.mean and previous is not None:
+        open_pages(k, pages, slots, previous, layout, k_input[1])
     call = _Call(
         k_address, *k_strides, v_address, *v_strides,
         slots.data_ptr(), pages_address, plan.page_bytes, plan.page_shift, tokens, heads, align,
     )  # fmt: skip
-    if tokens * heads <= _FEW:
-        plan.few.launch((-(-tokens // plan.few_tokens), heads, 2), 32 * _FEW_WARPS, 0, call, plan.format, early=True)
+    few = tokens * heads <= _FEW
+    if plan.trellis is not None:
+        store_trellis.launch(plan.trellis, call, tokens, heads, few)
+    if plan.lloyd is not None:
+        _launch(plan.lloyd, call, tokens, heads, few, align)
+
+
+def _launch(chosen: _Lloyd, call: _Call, tokens: int, heads: int, few: bool, align: bool) -> None:
+    if few:
+        grid = (-(-tokens // chosen.few_tokens), heads, chosen.sides)
+        chosen.few.launch(grid, 32 * _FEW_WARPS, 0, call, chosen.format, early=True)
     else:
         tiles = (tokens + (TILE + 2 if align else TILE - 1)) // TILE * heads
-        plan.kernel.launch((min(tiles, plan.blocks), 2, 1), 32 * _WARPS, 0, call, plan.format, early=True)
+        grid = (min(tiles, chosen.blocks), chosen.sides, 1)
+        chosen.kernel.launch(grid, 32 * _WARPS, 0, call, chosen.format, early=True)

@@ -1,0 +1,236 @@
+// From bytes in the ring to codes in nibbles, which are prmt's selectors, and from these to levels in bytes.
+#pragma once
+
+#include "decode_partial.cuh"
+#include "trellis.cuh"
+
+// What a lane needs in each step and the compiler would compute anew. The first words of the byte tables are among them: a
+// constant, or anything that is known to be the same in all lanes, would be copied before each of its hundred uses.
+struct Lane {
+    u32 k_low, k_high, v_low, v_high;
+    u32 k0, k1, scales, v, v_top; // where its rows of K, its tokens' scales, its codes of V and their top bits lie in a tile
+    u32 scale_order, word_order; // selectors: of the first token's scale in a pair, of the weights' operand
+    u32 minus_one, low_nibbles;
+    // of trellises: 0 where nothing is before a word of path bits, where that lies in V, and masks as `select` wants them: of
+    // the lower two bits of nibbles, of all bits but the lowest, and the lowest two, of bytes
+    u32 k_carry, v_carry, v_before, low_pairs, but_one, but_two;
+};
+
+__device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
+
+__device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
+    const u32 g = lane >> 2, i = lane & 3, zero = (P.minus_one + 1) * lane; // a zero that the compiler does not know
+    Lane L;
+    L.k_low = pin(KT0 + zero, lane), L.k_high = K_INDEX >= 4 ? pin(KU0 + zero, lane) : 0;
+    L.v_low = SAME_LEVELS ? L.k_low : pin(VT0 + zero, lane);
+    L.v_high = SAME_LEVELS ? L.k_high : V_INDEX >= 4 ? pin(VU0 + zero, lane) : 0;
+    // rows g and g + 8 of the product are tokens 2 g and 2 g + 1, in an order that avoids bank conflicts
+    const u32 row = KTRELLIS ? 16 : KBITS == 4 ? 64 : 32, part = KTRELLIS ? 4 : KBITS == 4 ? 16 : 8;
+    L.k0 = pin((2 * g + swapped(lane)) * row + part * i, lane);
+    L.k1 = pin((2 * g + 1 - swapped(lane)) * row + part * i, lane);
+    L.scales = pin(4 * g, lane);
+#if VTRELLIS
+    L.v = pin(V_CODES + 128 * (g >> 1) + 16 * i + 8 * (g & 1), lane);
+    L.v_top = pin(V_CODES + 64 * (g >> 1) + 16 * i + 8 * (g & 1), lane);
+    L.v_before = pin(L.v_top + (V_PATH - V_CODES) - (g & 1 ? 4 : 52), lane);
+    L.v_carry = pin(g ? ~0u : 0, lane);
+#else
+    L.v = pin(V_CODES + 64 * g + 16 * i, lane);
+    L.v_top = VBITS == 3 ? pin(V_CODES + 512 + 64 * (g >> 1) + 16 * i, lane) : 0;
+#endif
+    L.k_carry = KTRELLIS ? pin(i ? ~0u : 0, lane) : 0;
+    L.low_pairs = KTRELLIS || VTRELLIS ? pin(0x33333333u + zero, lane) : 0;
+    L.but_one = VTRELLIS ? pin(0xfefefefeu + zero, lane) : 0;
+    L.but_two = VTRELLIS ? pin(0xfcfcfcfcu + zero, lane) : 0;
+    L.scale_order = pin(swapped(lane) ? 0x3244u : 0x1044u, lane);
+    L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
+    L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
+    return L;
+}
+
+// --- trellises --------------------------------------------------------------------------------------------------------
+
+// Indices of the levels of 32 coordinates, or of eight tokens' four, in the nibbles of four words: the path's bits from
+// `even` and `odd`, above them refine bits, in `low` and `high` (2 bits a coordinate) or in `low` alone (1 bit). With 5 bits
+// the highest refine bit is in `top`: where it is clear, the level is negative, and nibbles become complements.
+template <int BITS>
+__device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4],
+                                     u32 (&negative)[4]) {
+    if (BITS == 2) {
+        const u32 r_even = low & 0x55555555u, r_odd = low & 0xaaaaaaaau;
+        w[0] = select(even, r_even << 2, L.low_pairs);
+        w[1] = select(odd, r_odd << 1, L.low_pairs);
+        w[2] = select(even >> 2, r_even, L.low_pairs);
+        w[3] = select(odd >> 2, r_odd >> 1, L.low_pairs);
+        return;
+    }
+    w[0] = select(even, low << 2, L.low_pairs);
+    w[1] = select(odd, low, L.low_pairs);
+    w[2] = select(even >> 2, high << 2, L.low_pairs);
+    w[3] = select(odd >> 2, high, L.low_pairs);
+    if (BITS == 4) {
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            negative[q] = (~(top >> q) & 0x11111111u) * 15;
+            w[q] ^= negative[q];
+        }
+    }
+}
+
+// --- K ----------------------------------------------------------------------------------------------------------------
+
+// Words of a K row for the four k-steps of a lane: eight codes each, in eight nibbles.
+__device__ __forceinline__ void load_k(const Lane& L, u32 tile, u32 at, u32 (&w)[4], u32 (&negative)[4]) {
+#if KTRELLIS
+    const u32 u = load_4(tile + K_PATH + at), before = load_4(tile + (K_PATH - 4) + at) & L.k_carry;
+    u32 even, odd;
+    path_of_word(before, u, even, odd);
+#if KBITS == 2
+    join<2>(L, even, odd, load_4(tile + at), 0, 0, w, negative);
+#else
+    const uint2 r = load_8(tile + 2 * at);
+    join<KBITS>(L, even, odd, r.x, r.y, KBITS == 4 ? load_4(tile + 512 + at) : 0, w, negative);
+#endif
+#elif KBITS == 4
+    const uint4 v = load_16(tile + at);
+    w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+#else
+    const uint2 v = load_8(tile + at);
+#if KBITS == 2
+    w[0] = v.x & 0x33333333u, w[1] = (v.x >> 2) & 0x33333333u;
+    w[2] = v.y & 0x33333333u, w[3] = (v.y >> 2) & 0x33333333u;
+#else
+    const u32 h = load_4(tile + 512 + at / 2);
+    w[0] = (v.x & 0x33333333u) | ((h << 2) & 0x44444444u);
+    w[1] = ((v.x >> 2) & 0x33333333u) | ((h << 1) & 0x44444444u);
+    w[2] = (v.y & 0x33333333u) | (h & 0x44444444u);
+    w[3] = ((v.y >> 2) & 0x33333333u) | ((h >> 1) & 0x44444444u);
+#endif
+#endif
+}
+
+// Whether the codes of four coordinates that meet Q.b[2 * k + half] are the upper ones of a word, and of which.
+__device__ __forceinline__ constexpr int word_of(int k, int half) { return MEAN ? (k & 2) | half : k; }
+__device__ __forceinline__ constexpr bool is_upper(int k, int half) { return MEAN ? k & 1 : half; }
+
+__device__ __forceinline__ u32 codes_of(const u32 (&w)[4], int k, int half) {
+    const u32 word = w[word_of(k, half)];
+    return is_upper(k, half) ? upper(word) : word;
+}
+
+// Magnitudes of four codes of 4 bits: the first eight have been looked up, and others are zeros there.
+__device__ __forceinline__ u32 magnitudes(u32 first, u32 table0, u32 table1, u32 codes, u32 minus_one) {
+    return first | prmt(table0, table1, complement(codes, minus_one));
+}
+
+// 0xff for each of four coordinates whose nibble in `negative` is 15: of its lower or upper half.
+__device__ __forceinline__ u32 sign_bytes(u32 negative, bool upper_half) {
+    return prmt(negative << 4, negative, upper_half ? 0xfbeau : 0xd9c8u);
+}
+
+// --- V ----------------------------------------------------------------------------------------------------------------
+
+// Nibbles of the same byte of eight tokens, four of each tile: low nibbles and high nibbles of the byte.
+__device__ __forceinline__ void interleave(u32 x, u32 y, u32 mask, u32& low, u32& high) {
+    low = select(x, y << 4, mask);
+    high = select(x >> 4, y, mask);
+}
+
+// Bytes of four tokens, shifted up as strings: `before` has the bytes before theirs.
+__device__ __forceinline__ u32 one_up(const Lane& L, u32 before, u32 bytes) {
+    return select(bytes << 1, before >> 7, L.but_one);
+}
+__device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 bytes) {
+    return select(bytes << 2, before >> 6, L.but_two);
+}
+
+// Calls `use(j, e, f, e_negative, f_negative)` for each of the eight products of a step: the codes of eight tokens, of the
+// coordinates of rows g and g + 8.
+template <class Use>
+__device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, const Use& use) {
+#if VTRELLIS
+    // A lane has bytes 2 (g & 1) and 2 (g & 1) + 1 of word g / 2 of the planes of 1 bit, with four rows in each nibble, and of
+    // both words that a plane of 2 bits has for these: coordinates 32 (g / 2) + 4 (g & 1) + 2 byte + nibble + 8 row.
+    u32 even[2][2], odd[2][2], low[2][2], high[2][2], top[2][2]; // [tile][byte]
+#pragma unroll
+    for (int a = 0; a < 2; a++) {
+        const u32 tile = tiles + a * TILE_STRIDE;
+        const uint2 u = load_8(tile + (V_PATH - V_CODES) + L.v_top);
+        const u32 before = load_4(tile + L.v_before) & L.v_carry;
+        u32 down;
+        path_bits(u.x, two_up(L, before, u.x), odd[a][0], down);
+        even[a][0] = one_up(L, before, down);
+        path_bits(u.y, two_up(L, u.x, u.y), odd[a][1], down);
+        even[a][1] = one_up(L, u.x, down);
+        const uint2 r = load_8(tile + (VBITS == 2 ? L.v_top : L.v));
+        low[a][0] = r.x, low[a][1] = r.y;
+        if (VBITS > 2) {
+            const uint2 s = load_8(tile + L.v + 64);
+            high[a][0] = s.x, high[a][1] = s.y;
+        }
+        if (VBITS == 4) {
+            const uint2 t = load_8(tile + 512 + L.v_top);
+            top[a][0] = t.x, top[a][1] = t.y;
+        }
+    }
+#pragma unroll
+    for (int byte = 0; byte < 2; byte++) {
+        u32 e[2], o[2], l[2], h[2] = {0, 0}, t[2] = {0, 0}; // by nibble of the byte
+        interleave(even[0][byte], even[1][byte], L.low_nibbles, e[0], e[1]);
+        interleave(odd[0][byte], odd[1][byte], L.low_nibbles, o[0], o[1]);
+        interleave(low[0][byte], low[1][byte], L.low_nibbles, l[0], l[1]);
+        if (VBITS > 2) interleave(high[0][byte], high[1][byte], L.low_nibbles, h[0], h[1]);
+        if (VBITS == 4) interleave(top[0][byte], top[1][byte], L.low_nibbles, t[0], t[1]);
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            u32 w[4], negative[4] = {0, 0, 0, 0};
+            join<VBITS>(L, e[n], o[n], l[n], h[n], t[n], w, negative);
+            use(2 * byte + n, w[0], w[1], negative[0], negative[1]);
+            use(4 + 2 * byte + n, w[2], w[3], negative[2], negative[3]);
+        }
+    }
+#else
+    const u32 codes = tiles + L.v;
+    const uint4 xa = load_16(codes), ya = load_16(codes + TILE_STRIDE);
+#if VBITS == 4
+    const uint4 xb = load_16(codes + 512), yb = load_16(codes + (512 + TILE_STRIDE));
+    const u32 xs[2][4] = {{xa.x, xa.y, xa.z, xa.w}, {xb.x, xb.y, xb.z, xb.w}};
+    const u32 ys[2][4] = {{ya.x, ya.y, ya.z, ya.w}, {yb.x, yb.y, yb.z, yb.w}};
+#else
+    const u32 xs[4] = {xa.x, xa.y, xa.z, xa.w}, ys[4] = {ya.x, ya.y, ya.z, ya.w};
+#if VBITS == 3
+    const u32 top_bits = tiles + L.v_top;
+    const uint4 ha = load_16(top_bits), ka = load_16(top_bits + TILE_STRIDE);
+    const u32 hs[4] = {ha.x, ha.y, ha.z, ha.w}, ks[4] = {ka.x, ka.y, ka.z, ka.w};
+    const u32 shift = lane >> 1 & 2;
+#endif
+#endif
+#pragma unroll
+    for (int byte = 0; byte < 4; byte++) {
+        u32 code[2][2]; // [nibble of the byte][row g, row g + 8]
+#if VBITS == 4
+        interleave(xs[0][byte], ys[0][byte], L.low_nibbles, code[0][0], code[1][0]);
+        interleave(xs[1][byte], ys[1][byte], L.low_nibbles, code[0][1], code[1][1]);
+#else
+        u32 pair[2];
+        interleave(xs[byte], ys[byte], L.low_nibbles, pair[0], pair[1]);
+#if VBITS == 3
+        u32 top[2];
+        interleave(hs[byte], ks[byte], L.low_nibbles, top[0], top[1]);
+#endif
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+            code[n][0] = pair[n] & 0x33333333u;
+            code[n][1] = (pair[n] >> 2) & 0x33333333u;
+#if VBITS == 3
+            const u32 t = top[n] >> shift;
+            code[n][0] |= (t << 2) & 0x44444444u;
+            code[n][1] |= (t << 1) & 0x44444444u;
+#endif
+        }
+#endif
+#pragma unroll
+        for (int n = 0; n < 2; n++) use(2 * byte + n, code[n][0], code[n][1], 0, 0);
+    }
+#endif
+}

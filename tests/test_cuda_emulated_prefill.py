@@ -1,0 +1,306 @@
+"""The CUDA prefill on the emulator (``tests/emulator``): for machines without a GPU.
+
+In place of the libraries' attention are functions of this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import emulator
+import pytest
+import torch
+from cuda_cases import BF16, F16, TOLERANCE, same
+from emulator import EmulatedDevice, emulated_device
+from ops_cases import empty_cache, expected, fill, make_cache, noise, sees
+
+from kvfold import ops
+from kvfold.errors import FormatError
+from kvfold.layout import PageLayout
+from kvfold.ops.cuda import dense, expand, prefill
+from kvfold.rotation import rotate
+
+pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
+
+
+@pytest.fixture
+def device() -> Iterator[EmulatedDevice]:
+    """A GPU of three multiprocessors: so few that small inputs are cut into stretches, and merged across blocks."""
+    with emulated_device(multiprocessors=3) as device, ops.backend("cuda"):
+        yield device
+
+
+# --- prefill ----------------------------------------------------------------------------------------------------------
+
+
+def cudnn(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In place of the library's attention: weights are rounded to the dtype, as they are there."""
+    assert q.dtype == k.dtype == v.dtype
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q.double() @ k.double().transpose(-1, -2) * scale
+    if causal:
+        scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -torch.inf)
+    out = torch.softmax(scores, -1).to(q.dtype).double() @ v.double()
+    return out.to(q.dtype).contiguous(), torch.logsumexp(scores, -1).float()
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool, out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """In place of FlashAttention-3's: the last query of a sequence sees all its keys."""
+    assert q.dtype == k.dtype == v.dtype
+    assert q.dtype in (F16, BF16)
+    assert k.shape == v.shape
+    assert k.isfinite().all()
+    assert v.isfinite().all()
+    assert all(x.stride(2) == 1 and x.stride(0) % 8 == x.stride(1) % 8 == x.data_ptr() % 16 == 0 for x in (q, k, v))
+    for x, bounds, longest in ((q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k)):
+        assert bounds.dtype == torch.int32
+        assert int(bounds[0]) == 0
+        assert int(bounds[-1]) == len(x)
+        assert int(bounds.diff().max()) == longest
+    assert out is None or (out.shape, out.dtype, out.is_contiguous()) == (q.shape, q.dtype, True)
+    out, lse = torch.empty_like(q) if out is None else out, torch.empty(q.shape[1], len(q))
+    for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+        queries, keys, values = (x.double().transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
+        keys, values = (x.repeat_interleave(len(queries) // len(keys), dim=0) for x in (keys, values))
+        scores = queries @ keys.transpose(-1, -2) * softmax_scale
+        if causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril((k1 - k0) - (q1 - q0))
+            scores = scores.masked_fill(~seen, -torch.inf)
+        weights = torch.softmax(scores, -1).to(q.dtype).double()
+        out[q0:q1], lse[:, q0:q1] = (weights @ values).transpose(0, 1).to(q.dtype), torch.logsumexp(scores, -1).float()
+    return out, lse
+
+
+@pytest.fixture(params=["cudnn", "fa3", "fa3 that allocates"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Prefill attention on a library's place, and on chunks of few rows."""
+    monkeypatch.setattr(prefill, "_FEW_ROWS", 4)
+    monkeypatch.setattr(dense, "cudnn", cudnn)
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    name, _, allocates = request.param.partition(" ")
+    found = dense._Found(flash_attn_varlen_func, takes_out=not allocates)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: found)
+    with dense.engine(name):
+        yield name
+
+
+@pytest.mark.parametrize("chunk", ["exact", "packed"])
+@pytest.mark.parametrize(
+    ("spec", "dtype", "heads", "group", "k_size", "v_size"),
+    [
+        ("k4v4", BF16, 2, 2, 1.0, 1.0), ("k3v2", F16, 1, 4, 1.0, 1.0), ("k4v4", BF16, 2, 2, 1e10, 1e-8),
+        ("k2v3", BF16, 1, 1, 1e-6, 1e12), ("k3v4+mean", BF16, 2, 2, 1.0, 1.0), ("k4v2+mean", F16, 1, 4, 1e3, 1.0),
+        ("k4tv2t", F16, 1, 2, 1.0, 1.0), ("k2tv3t+mean", BF16, 2, 1, 1e-3, 1e3),
+    ],
+)  # fmt: skip
+def test_prefill(
+    spec: str, dtype: torch.dtype, heads: int, group: int, k_size: float, v_size: float, chunk: str, engine: str,
+    device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Windows of 48 tokens; a chunk of one token goes to the decode kernel."""
+    monkeypatch.setattr(prefill, "WINDOW_BYTES", 48 * 4 * heads * 128)
+    contexts, chunks = (0, 0, 37, 100, 16, 65, 0, 0), (20, 3, 9, 33, 0, 1, 0, 6)
+    layout = PageLayout.of(spec, 128, page_size=16)
+    lengths = [context + count for context, count in zip(contexts, chunks, strict=True)]
+    cache = empty_cache(layout, lengths, heads)
+    own = []
+    for b, (context, length) in enumerate(zip(contexts, lengths, strict=True)):
+        k = (noise(length, heads, 128, seed=2 * b + 1) * k_size).to(dtype)
+        v = (noise(length, heads, 128, seed=2 * b + 2) * v_size).to(dtype)
+        fill(cache, b, k, v)
+        own.append((k[context:], v[context:]))
+    q = (noise(sum(chunks), heads * group, 128) / k_size).to(dtype)
+    bounds = torch.tensor([0, *chunks]).cumsum(0)
+    exact = {name: torch.cat(parts) for name, parts in zip("kv", zip(*own, strict=True), strict=True)}
+    lens = torch.tensor(contexts if chunk == "exact" else lengths)
+    out, lse = ops.prefill_attention(
+        q, cache.pages, cache.table, lens, bounds, layout, scale=128**-0.5, **exact if chunk == "exact" else {}
+    )
+    for b, (begin, end) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)):
+        if begin == end:
+            continue
+        keys, values = cache.vectors(b)
+        if chunk == "exact":
+            keys, values = (
+                torch.cat([x[: contexts[b]], y.double()]) for x, y in zip((keys, values), own[b], strict=True)
+            )
+        want = expected(q[begin:end].float(), keys, values, sees(end - begin, lengths[b]), 128**-0.5)
+        error = (out[begin:end].double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
+        assert error.max() < 2 * TOLERANCE[dtype], b
+        assert (lse[:, begin:end] - want.truth[1]).abs().max() < 5e-3, b
+    assert {name for name, _ in device.launches} == {"peaks", "rotate", "expand", "merge", "decode"}
+
+
+@pytest.mark.parametrize("budget", [80 * 512, 300 * 512, 2**20])
+def test_a_chunk_is_cut_as_its_prefix(budget: int, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-3: windows that hold part of a chunk, or chunks in several calls."""
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func))
+    monkeypatch.setattr(prefill, "WINDOW_BYTES", budget)
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (150,), heads=3)
+    q, k, v = (noise(101, count, 128, seed=seed).to(BF16) for seed, count in enumerate((6, 3, 3)))
+    q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
+    sizes = mock.Mock(side_effect=prefill._Windows)
+    with dense.engine("fa3"), mock.patch.object(prefill, "_Windows", sizes):
+        out, lse = ops.prefill_attention(
+            q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 101]), layout, scale=0.1, k=k, v=v
+        )
+    assert 0 < max(call.args[-1] for call in sizes.call_args_list) * 512 <= budget
+    keys, values = (torch.cat([x, y.double()]) for x, y in zip(cache.vectors(0), (k, v), strict=True))
+    want = expected(q.float(), keys, values, sees(101, 251), 0.1)
+    error = (out.double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
+    assert error.max() < 2 * TOLERANCE[BF16]
+    assert (lse - want.truth[1]).abs().max() < 5e-3
+    assert not any(name == "decode" for name, _ in device.launches)
+
+
+@pytest.mark.parametrize(("k_size", "v_size"), [(1e12, 2e37), (1e-30, 1e-38), (3e4, 1e20), (1.0, 1e-20)])
+def test_a_chunk_of_another_size_than_its_prefix(
+    k_size: float, v_size: float, engine: str, device: EmulatedDevice
+) -> None:
+    """Whatever bfloat16 can be: nothing overflows, and the larger part of a sum is exact."""
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (70,), heads=1)
+    q, k, v = (noise(20, count, 128, seed=seed) for seed, count in ((1, 2), (2, 1), (3, 1)))
+    q, k, v = (q / max(k_size, 1.0)).to(BF16), (k * k_size).to(BF16), (v * v_size).to(BF16)
+    out, lse = ops.prefill_attention(
+        q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 20]), layout, scale=128**-0.5, k=k, v=v
+    )
+    keys, values = (torch.cat([x, y.double()]) for x, y in zip(cache.vectors(0), (k, v), strict=True))
+    want = expected(q.float(), keys, values, sees(20, 90), 128**-0.5)
+    error = (out.double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
+    assert error.max() < 2 * TOLERANCE[BF16]
+    assert (lse - want.truth[1]).abs().max() < 5e-3
+
+
+def test_a_large_token_of_another_head(engine: str, device: EmulatedDevice) -> None:
+    """Windows of all heads share a power of two: ordinary vectors beside one of 10 000 times their size are right."""
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (70,), heads=2)
+    q, k, v = (noise(20, count, 128, seed=seed).to(BF16) for seed, count in ((1, 4), (2, 2), (3, 2)))
+    k[7, 1], v[7, 1] = k[7, 1] * 100, v[7, 1] * 1e4
+    out, _ = ops.prefill_attention(
+        q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 20]), layout, scale=128**-0.5, k=k, v=v
+    )
+    keys, values = (torch.cat([x, y.double()])[:, :1] for x, y in zip(cache.vectors(0), (k, v), strict=True))
+    want = expected(q[:, :2].float(), keys, values, sees(20, 90), 128**-0.5)
+    error = (out[:, :2].double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
+    assert error.max() < TOLERANCE[BF16]
+
+
+def test_a_table_of_any_strides(engine: str, device: EmulatedDevice) -> None:
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (70,), heads=1)
+    q, k, v = (noise(20, count, 128, seed=seed).to(BF16) for seed, count in ((1, 2), (2, 1), (3, 1)))
+    wide = cache.table.repeat_interleave(2, 1)[:, ::2]
+    assert wide.stride(1) == 2
+    results = [
+        ops.prefill_attention(q, cache.pages, table, cache.lengths, torch.tensor([0, 20]), layout, scale=0.1, k=k, v=v)
+        for table in (cache.table, wide)
+    ]
+    assert same(*results)
+
+
+def test_a_package_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built for another torch, it fails with anything: the next one is tried, or cuDNN taken, and the reason told."""
+    (tmp_path / "kvfold_broken").mkdir()
+    (tmp_path / "kvfold_broken" / "__init__.py").write_text("raise ImportError('undefined symbol: x')")
+    (tmp_path / "kvfold_flash.py").write_text("def flash_attn_varlen_func(q, num_splits=1): return num_splits")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.delitem(sys.modules, dense._VLLM, raising=False)
+    for packages in (("kvfold_broken.interface",), ("kvfold_broken.interface", "kvfold_flash")):
+        monkeypatch.setattr(dense, "_PACKAGES", packages)
+        dense._of_package.cache_clear()
+        if len(packages) == 2:
+            assert dense.choose(torch.device("cuda", 0)) == "fa3"
+            function = dense._of_package().function
+            assert function is not None
+            assert function(q=None) == 0  # it shares keys among SMs
+        else:
+            with dense.engine("fa3"), pytest.raises(FormatError, match=r"cannot be imported .*undefined symbol"):
+                dense.choose(torch.device("cuda", 0))
+    dense._of_package.cache_clear()
+
+
+def test_which_library_attends(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    assert dense.choose(torch.device("cpu")) == "cudnn"
+    with pytest.raises(FormatError, match="unknown prefill engine 'fa4'"), dense.engine("fa4"):
+        pass
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(dense, "_PACKAGES", ("no_such_module", "no_such_package.no_such_module"))
+    monkeypatch.delitem(sys.modules, dense._VLLM, raising=False)
+    dense._of_package.cache_clear()
+    assert dense.choose(gpu) == "cudnn"
+    with dense.engine("fa3"), pytest.raises(FormatError, match=r"not in this process; import vllm.*dense\.engine"):
+        dense.choose(gpu)
+    module = SimpleNamespace(FA3_AVAILABLE=True, flash_attn_varlen_func=lambda **_: None)
+    monkeypatch.setitem(sys.modules, dense._VLLM, module)  # type: ignore[arg-type]
+    assert dense.choose(gpu) == "fa3"
+    with dense.engine("cudnn"):
+        assert dense.choose(gpu) == "cudnn"
+    dense._of_package.cache_clear()
+
+
+def test_how_keys_are_cut() -> None:
+    room = 64 * 2**20
+    assert prefill._split(8192, 8, 30720, room, 132) == (4, 32768)  # whole heads, and nothing to join
+    assert prefill._split(8192, 8, 32768, room, 132, 2064, True) == (4, 32768)  # exactly
+    assert prefill._split(2048, 8, 30720, room, 132) == (8, 16384)  # of four heads: 64 blocks for 132 processors
+    assert prefill._split(68, 8, 30720, room, 132, 33, True) == (4, 32768)  # FlashAttention-3 shares them among all
+    assert prefill._split(8192, 8, 8000, room, 132) == (8, 16384)  # all at once
+    for rows, heads, keys in ((1, 1, 10**6), (300, 3, 5), (5000, 5, 40000), (100, 2, 0)):
+        split = prefill._split(rows, heads, keys, room, 132)
+        assert 0 < split.heads <= heads
+        assert split.tokens % 16 == 0 < split.tokens
+        assert split.heads * split.tokens * 512 <= room
+    for keys, rows, tokens in ((100, 30, 48), (100, 4, 96), (97, 1, 48), (32, 32, 48), (300, 60, 80)):
+        cuts = prefill._cuts(keys, rows, tokens)
+        assert cuts[0][0] == 0
+        assert cuts[-1][1] == keys
+        assert cuts[-1][0] <= keys - rows
+        assert all(start % 16 == 0 and 0 < end - start <= tokens for start, end in cuts)
+        assert all(one[1] == two[0] for one, two in pairwise(cuts))
+
+
+def test_vectors_are_rotated(device: EmulatedDevice) -> None:
+    layout = PageLayout.of("k4v4", 128)
+    for dtype in (BF16, F16):
+        q, k, v = (noise(rows, heads, 128, seed=rows).to(dtype) for rows, heads in ((5, 4), (35, 3), (16, 3)))
+        k[3, 1], q[2, 2] = k[3, 1] * 100, 60000
+        k = k.transpose(0, 1).contiguous().transpose(0, 1)
+        peaks = torch.tensor([5e3, 3e3])
+        outs = [torch.full((x.shape[1], len(x) + 2, 128), torch.nan, dtype=F16) for x in (q, k, v)]
+        jobs = [(x, out[:, 2:], side) for x, out, side in zip((q, k, v), outs, range(3), strict=True)]
+        prefill.rotate(jobs, peaks, layout)
+        for x, out, factor in zip((q, k, v), outs, (4096 / 64, 1024 / 4096, 1024 / 2048), strict=True):
+            want = (rotate(x.float()) * factor).clamp(-65504, 65504).transpose(0, 1)
+            torch.testing.assert_close(out[:, 2:].float(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
+            assert out[:, :2].isnan().all()
+
+
+def test_peaks_of_a_chunk(device: EmulatedDevice) -> None:
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (40,), heads=2)
+    alone = expand.find_peaks(cache.pages, cache.table, layout, tokens=40)
+    for dtype in (BF16, F16):
+        k, v = (noise(21, 2, 128, seed=seed).to(dtype) for seed in (1, 2))
+        k[20, 1, 127], k[3, 0, 5], v[2, 1, 64] = -50.0, torch.inf, torch.nan
+        v *= 1e-3
+        got = expand.find_peaks(cache.pages, cache.table, layout, tokens=40, chunk=(k, v))
+        assert got.tolist() == [400.0, alone[1]]
+    v[7, 0, 127] = 300.0
+    got = expand.find_peaks(cache.pages, cache.table, layout, tokens=0, chunk=(k, v))
+    assert got.tolist() == [400.0, 2400.0]
