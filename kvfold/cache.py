@@ -21,7 +21,7 @@ import torch
 
 from kvfold import exact_reads, ops, storage
 from kvfold.errors import CapacityError, ShapeError
-from kvfold.exact_rows import ExactRows, Part
+from kvfold.exact_rows import ExactRows, Part, check_dtype
 from kvfold.formats import KVFormat
 from kvfold.layout import PageLayout
 from kvfold.ops.options import AttentionOptions
@@ -85,13 +85,21 @@ class PagedKVCache(Sequences):
         head_size_v: int | None = None, page_size: int = 64, device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16, num_sequences: int = 1,
     ) -> PagedKVCache:  # fmt: skip
-        """The cache with the most pages that fit into ``memory_bytes`` beside the exact tokens of ``num_sequences``;
-        CapacityError if not one of every layer fits."""
+        """The cache with the most pages that fit into ``memory_bytes`` beside the exact tokens of ``num_sequences``.
+
+        Raises:
+            FormatError, NotBuiltError, ShapeError: As the class.
+            CapacityError: Not one page of every layer fits.
+        """
         layout = PageLayout.of(KVFormat.parse(format), head_size, head_size_v, page_size)
         vectors = whole("num_layers", num_layers, 1) * whole("num_kv_heads", num_kv_heads, 1)
         page = vectors * layout.page_bytes
-        row = vectors * layout.format.exact_bytes(layout.head_size, layout.head_size_v, dtype.itemsize)
-        rows = row * whole("num_sequences", num_sequences)
+        rows = whole("num_sequences", num_sequences)
+        if layout.format.sinks or layout.format.tail:
+            itemsize = check_dtype(dtype).itemsize
+            rows *= vectors * layout.format.exact_bytes(layout.head_size, layout.head_size_v, itemsize)
+        else:
+            rows = 0
         num_pages = (whole("memory_bytes", memory_bytes) - rows) // page
         if num_pages < 1:
             beside = f", the exact tokens of {num_sequences} sequences {rows}" if rows else ""
@@ -265,6 +273,7 @@ class PagedKVCache(Sequences):
         if q.dim() != 4 or q.shape[0] != len(seqs):
             raise ShapeError(f"q is [B, Tq, Hq, dk] with B = {len(seqs)} sequences, not {list(q.shape)}")
         pages = self._layer(layer)
+        self._check_queries(q)
         _check_options(window, softcap)
         if self.exact is not None and q.shape[1]:
             options = AttentionOptions(scale, softcap=softcap, window=window)
@@ -307,6 +316,7 @@ class PagedKVCache(Sequences):
             if end - begin > self.length(seq):
                 raise ShapeError(f"sequence {seq} is shorter than its chunk of {end - begin}: extend() it first")
         pages = self._layer(layer)
+        self._check_queries(q)
         _check_options(window, softcap)
         if self.exact is not None:
             options = AttentionOptions(scale, softcap=softcap, window=window)
@@ -466,6 +476,13 @@ class PagedKVCache(Sequences):
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.num_layers:
             raise ShapeError(f"layer {layer!r} is not one of the {self.num_layers} layers, 0 to {self.num_layers - 1}")
         return self.pages[layer]
+
+    def _check_queries(self, q: torch.Tensor) -> None:
+        """Refuse q ``[..., Hq, dk]`` here: with exact tokens it meets tensors that the caller has never seen."""
+        size = self.layout.head_size
+        if not q.dtype.is_floating_point or q.device != self.device or q.shape[-1] != size:
+            wanted = f"[..., query heads, {size}] on {self.device}"
+            raise ShapeError(f"q is a floating tensor {wanted}, not {q.dtype} {list(q.shape)} on {q.device}")
 
 
 def _check_options(window: int | None, softcap: float | None) -> None:

@@ -58,6 +58,13 @@ def kept(fmt: KVFormat, length: int, exact_from: int) -> tuple[range, range]:
     return range(min(fmt.sinks, length)), range(max(exact_from, fmt.sinks), length)
 
 
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return ``dtype``, or raise :class:`~kvfold.errors.ShapeError` if exact tokens are not kept in it."""
+    if dtype not in DTYPES:
+        raise ShapeError(f"exact tokens are kept in bfloat16, float16 or float32, not in {dtype}")
+    return dtype
+
+
 class ExactRows:
     """Rows for all layers, and the step whose tokens are being stored.
 
@@ -77,9 +84,7 @@ class ExactRows:
         self, fmt: KVFormat, num_layers: int, num_kv_heads: int, head_size: int, head_size_v: int, rows: int,
         dtype: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
-        if dtype not in DTYPES:
-            raise ShapeError(f"exact tokens are kept in bfloat16, float16 or float32, not in {dtype}")
-        self.format, self.dtype = fmt, dtype
+        self.format, self.dtype = fmt, check_dtype(dtype)
         self.width = fmt.sinks + fmt.tail
         shape = (num_layers, rows, self.width, num_kv_heads)
         self.k = torch.zeros(*shape, head_size, dtype=dtype, device=device)
@@ -151,11 +156,12 @@ class ExactRows:
             ShapeError: See above.
         """
         for name, x in (("k", k), ("v", v)):
-            if torch.promote_types(x.dtype, self.dtype) != self.dtype:
-                raise ShapeError(
-                    f"{name} is {x.dtype}, and this cache keeps exact tokens of {self.format} in {self.dtype}: make it "
-                    f"with dtype={x.dtype}"
-                )
+            if x.dtype in (self.dtype, *(DTYPES if self.dtype == torch.float32 else ())):
+                continue
+            way_out = f"make it with dtype={x.dtype}" if x.dtype in DTYPES else f"cast {name} first"
+            raise ShapeError(
+                f"{name} is {x.dtype}, and this cache keeps exact tokens of {self.format} in {self.dtype}: {way_out}"
+            )
         if slots is None or not len(slots):
             return
         if slots.data_ptr() != self._slots.data_ptr() or slots.shape != self._slots.shape:

@@ -257,7 +257,5 @@ def _of_object(spec: Mapping[str, object]) -> ModelFormat:
     if not isinstance(layers, Mapping):
         raise FormatError(f"layers is {layers!r} in format {dict(spec)!r}, not an object of layers and their formats")
     where = str(dict(spec))
-    overrides = [
-        (layer, KVFormat.parse(own)) for key, own in layers.items() for layer in read_layers(str(key), where)
-    ]
+    overrides = [(layer, KVFormat.parse(own)) for key, own in layers.items() for layer in read_layers(str(key), where)]
     return ModelFormat(KVFormat.parse(spec["base"]), tuple(overrides))  # type: ignore[arg-type]  # parse says what it is not

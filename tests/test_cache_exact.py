@@ -564,9 +564,15 @@ def test_the_dtype_of_exact_tokens() -> None:
     wanted = dense(cache, 0, seq, Truth(k, v), q[0], 0, 0.3)
     torch.testing.assert_close(out[0].double(), wanted[0], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(lse[0].double(), wanted[1], rtol=1e-5, atol=1e-5)
-    for bad in (torch.float64, torch.int8):
+    for unkept in (torch.float64, torch.float8_e4m3fn):  # no dtype of a cache would keep them
+        with pytest.raises(ShapeError, match=rf"k is {unkept}.*: cast k first"):
+            cache.append(seq, k.to(unkept), v.to(unkept))
+    sizes = {"num_layers": 1, "num_kv_heads": 1, "head_size": 32}
+    for bad in (torch.float64, torch.int8, "bfloat16"):
         with pytest.raises(ShapeError, match=f"exact tokens are kept in bfloat16, float16 or float32, not in {bad}"):
             make("k2v2+tail6", dtype=bad)
+        with pytest.raises(ShapeError, match=f"exact tokens are kept in bfloat16, float16 or float32, not in {bad}"):
+            PagedKVCache.for_memory("k2v2+tail6", 1 << 20, **sizes, dtype=bad)
     wide = make("k2v2+tail6", dtype=torch.float32)
     wide.append(wide.new_sequence(), k, v)
     assert wide.exact is not None
@@ -599,6 +605,17 @@ def test_an_exact_chunk_begins_where_the_stored_tokens_end() -> None:
         cache.prefill(0, q, [seq], [0, 5], scale=0.3, v=v)
     cache.store(0, k, v, slots)
     cache.prefill(0, q[:3], [seq], [0, 3], scale=0.3, k=k[2:], v=v[2:])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_queries_of_another_shape_are_refused_by_their_name(format: str) -> None:
+    cache = filled(format, [20])
+    for bad in (noise(1, 1, 4, 16), noise(1, 1, 4, 32).int()):
+        with pytest.raises(ShapeError, match=r"q is a floating tensor \[\.\.\., query heads, 32\] on cpu, not torch"):
+            cache.decode(0, bad, [0], scale=0.3)
+        for tokens in (0, 1):
+            with pytest.raises(ShapeError, match=r"q is a floating tensor \[\.\.\., query heads, 32\] on cpu, not"):
+                cache.prefill(0, bad[0, :tokens], [0], [0, tokens], scale=0.3)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -111,6 +111,21 @@ def test_generate_json(kvfold: Any, model: Path) -> None:
     assert result["bytes_per_token"] == result["bytes"] / result["capacity"]
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_goes_under_the_name_that_the_model_gives_it(kvfold: Any, model: Path) -> None:
+    """transformers 5.24 renames the argument, and warns of the old name on every run."""
+    result = kvfold("generate", "--model", model, "--max-new-tokens", 1, "--prompt", "hello")
+    assert (result.code, "FutureWarning" in result.err) == (0, False), result.err
+
+    class Old:
+        def forward(self, ids: torch.Tensor, past_key_values: Any) -> None: ...
+
+    class New:
+        def forward(self, ids: torch.Tensor, cache: Any) -> None: ...
+
+    assert [measure.cache_argument(each()) for each in (Old, New)] == ["past_key_values", "cache"]
+
+
 def test_generate_without_compression_without_template(kvfold: Any, model: Path) -> None:
     options = ("--format", "none", "--no-chat-template", "--max-new-tokens", 2, "--json")
     result = kvfold("generate", "--model", model, "--prompt", "hello", *options).json()

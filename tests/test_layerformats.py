@@ -258,9 +258,7 @@ def llama() -> Any:
 
 
 def answer(model: Any, cache: Any, **options: Any) -> torch.Tensor:
-    out: torch.Tensor = model.generate(
-        **prompt(), max_new_tokens=12, do_sample=False, past_key_values=cache, **options
-    )
+    out: torch.Tensor = model.generate(**prompt(), max_new_tokens=12, do_sample=False, past_key_values=cache, **options)
     return out
 
 

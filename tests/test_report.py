@@ -274,7 +274,16 @@ def test_the_committed_figures(kvfold: Any, tmp_path: Path, monkeypatch: pytest.
     result = kvfold("report", "--output", output)
     assert result.code == 0
     left_out = [line for line in result.err.splitlines() if "left out" in line]
-    assert [line.split()[2] for line in left_out] == ["cpu_compare_smollm2.json:", "h100_vllm_answers.json:"]
+    assert [line.split()[2] for line in left_out] == [
+        "cpu_compare_smollm2.json:",
+        "h100_vllm_fidelity.json:",
+        "h200_vllm_answers.json:",
+        "h200_vllm_answers_default.json:",
+    ]
+    assert all("of which the report shows nothing" in line for line in left_out)  # and so it knows what they are
+    last = result.out.splitlines()[-1]
+    shown = (RESULTS.parents[1] / "docs" / "report.md").read_text("utf-8")
+    assert "\n".join([*left_out, last.replace(str(output), "report.html")]) in shown
     text = output.read_text("utf-8")
     page = check_page(text)
     for words in ("Fidelity: smollm2 on wiki.test.raw", "Kernels: NVIDIA H200", "3.91x", "43/45"):
@@ -454,6 +463,8 @@ def test_kernels_that_are_wrong_or_failed_are_noted() -> None:
         (b"[]", "it has not the keys of a JSON file of fidelity, needle,"),
         (b'{"name": "a package"}', "it has not the keys"),
         (b'{"modes": [], "settings": {}}', "it is of `benchmarks/vllm_answers.py`"),
+        (b'{"engines": {}, "difference": {}}', "it is of `benchmarks/vllm_fidelity.py`"),
+        (b'{"frontier": [], "held_out": null, "chosen": null}', "it is of `kvfold tune`"),
         (b'{"measured_windows": 1, "baseline": {}, "rows": []}', "settings is missing"),
         (b'{"utilization": 1, "layers": 1, "caches": []}', "caches is empty"),
         (b'{"utilization": 1, "layers": 1, "caches": [[]]}', "caches[0] is not an object: []"),

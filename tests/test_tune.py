@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from kvfold.commands import tune as command
 from kvfold.errors import FormatError, NotBuiltError
 from kvfold.eval import tune
-from kvfold.eval.tune import BudgetError, Option, allocate, frontier, pieces, widest
+from kvfold.eval.tune import Allocation, BudgetError, Option, frontier, pieces, widest
 from kvfold.formats import KVFormat
 from kvfold.layerformats import ModelFormat
 from kvfold.modelshape import FULL, LayerGroup, ModelShape
@@ -31,6 +31,10 @@ LOSSES = st.floats(-1, 10, allow_nan=False)
 ITEMS = st.lists(
     st.lists(st.builds(Option, st.integers(0, 12), LOSSES), min_size=1, max_size=4), min_size=0, max_size=5
 )
+
+
+def allocate(items: list[list[Option]], budget: int) -> Allocation:
+    return frontier(items, budget)[-1]
 
 
 def brute_force(items: list[list[Option]], budget: int) -> float | None:
@@ -188,6 +192,8 @@ def test_costs_of_options_add_up_to_the_bytes_of_the_format(options: tuple[str, 
         ((("4", "bf16"), ()), command.UsageError, "lose nothing that could be weighed"),
         ((("4",), ("mane",)), FormatError, "unknown option 'mane'"),
         ((("f8",), ("mean",)), FormatError, "leave \\+mean out"),
+        ((("3@0=4",), ()), command.UsageError, "'3@0=4' names layers, which tune chooses"),
+        ((("3",), ("mean@0=k4v4",)), command.UsageError, "'mean@0=k4v4' names layers"),
     ],
     ids=str,
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kvfold import __version__
 from kvfold.commands import UsageError
 from kvfold.commands.compare import TEXT
-from kvfold.commands.measure import Subject, environment, read_prompt, say
+from kvfold.commands.measure import Subject, cache_argument, environment, read_prompt, say
 from kvfold.modelshape import FULL, LayerGroup
 
 if TYPE_CHECKING:
@@ -111,9 +111,8 @@ def forward(subject: Subject, ids: torch.Tensor, cache: Any, keep: int = 0) -> t
         keep: Logits of that many last tokens are enough, 0 for all. A model that cannot leave any out gives all, which
             are then cut: the result is ``[keep, vocabulary]`` either way.
     """
-    known = inspect.signature(subject.model.forward).parameters  # transformers 5.24 renames the argument
-    options: dict[str, Any] = {"cache" if "cache" in known else "past_key_values": cache}
-    if keep and "logits_to_keep" in known:
+    options: dict[str, Any] = {cache_argument(subject.model): cache}
+    if keep and "logits_to_keep" in inspect.signature(subject.model.forward).parameters:
         options["logits_to_keep"] = keep
     logits: torch.Tensor = subject.model(ids, **options, use_cache=True).logits[0]
     return logits[-keep:]  # 0 keeps all

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -220,6 +221,11 @@ class Answer:
     cache: str
 
 
+def cache_argument(model: Any) -> str:
+    """What a model calls the cache that it is given: transformers 5.24 renames ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def answer(
     subject: Subject, inputs: Mapping[str, Any], cache: Any, clock: Clock, max_new_tokens: int, temperature: float = 0.0
 ) -> Answer:
@@ -228,9 +234,8 @@ def answer(
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     if tokenizer.pad_token_id is None:  # one sequence needs no padding, but generate warns without a token for it
         sampling["pad_token_id"] = tokenizer.eos_token_id
-    output = subject.model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=clock, **sampling
-    )
+    given = {cache_argument(subject.model): cache}
+    output = subject.model.generate(**inputs, **given, max_new_tokens=max_new_tokens, streamer=clock, **sampling)
     prompt_tokens = inputs["input_ids"].shape[1]
     tokens = output[0, prompt_tokens:].tolist()
     return Answer(

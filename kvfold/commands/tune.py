@@ -151,6 +151,8 @@ def make_candidates(sides: Sequence[str], options: Sequence[str]) -> list[KVForm
         FormatError, NotBuiltError: A side or an option does not exist, or cannot be stored yet.
         UsageError: A side loses nothing.
     """
+    if bad := next((text for text in (*sides, *options) if "@" in text), None):
+        raise UsageError(f"arguments --sides, --option: {bad!r} names layers, which tune chooses: leave @ out")
     ending = "".join(f"+{option.lstrip('+')}" for option in options)
     formats = [KVFormat.parse(f"k{k}v{v}{ending}").require_built() for k in sides for v in sides]
     if any(fmt.k.lossless or fmt.v.lossless for fmt in formats):
@@ -510,8 +512,9 @@ def _text(args: argparse.Namespace, path: Path, found: Findings) -> str:
         lines += _sensitive(found)
     if found.held_out is not None:
         checked = found.held_out
+        windows = f"{args.held_out} window{'s' * (args.held_out > 1)}"
         lines += [
-            f"On {args.held_out} windows that were held out, {checked.pieces} pieces of text: {found.best} "
+            f"On {windows} held out, {checked.pieces} pieces of text: {found.best} "
             f"{_figure(checked.uniform)}, by layer {_figure(checked.allocation)}, difference "
             f"{_figure(checked.difference)}.",
         ]

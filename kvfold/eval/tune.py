@@ -80,11 +80,6 @@ def frontier(items: Sequence[Sequence[Option]], budget: int) -> list[Allocation]
     return [Allocation(state.cost, state.loss, _choices(state)) for state in states]
 
 
-def allocate(items: Sequence[Sequence[Option]], budget: int) -> Allocation:
-    """The allocation of least loss within the budget; arguments and errors as :func:`frontier`."""
-    return frontier(items, budget)[-1]
-
-
 def _choices(state: _State) -> tuple[int, ...]:
     chosen = []
     while state.before is not None:

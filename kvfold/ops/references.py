@@ -5,8 +5,8 @@ quantised, and a score gets ``q · reference`` back once per page. Any vector is
 is chosen when its first slot is written, from the rotated keys that are nearest to what the page will hold:
 
 1. without a page before it, the sequence's first key, if it stands apart from those that this call writes behind it in
-   the page: if its distance from their mean, squared, is more than 1.5 times what theirs are on average. Not if it is
-   more than twice as long as they are in root mean square. Else it and these, as in 2, however few;
+   the page: if its distance from their mean, squared, is more than 1.5 times what theirs are on average. Not if they would
+   be more than twice as long without it as they are, in mean square. Else it and these, as in 2, however few;
 2. the keys that this call writes to the page, if they are a quarter of it or more (a prefill);
 3. else, of the page before it in the sequence, the keys that this call writes, if they are half of it or more,
 4. or those it holds already, as they were stored (decoding).
@@ -15,8 +15,8 @@ Of several keys the mean is taken if at least half of them are nearer to it than
 would make the mean a bad reference for all others). Keys that are not finite do not count.
 
 Rule 1 is for what trained models do: nearly every head attends to the first token, whatever comes, and its key is short
-and unlike all others, so that its error weighs more than that of the whole page. As the reference it is nearly exact,
-and as it is short, the others lose little more than the mean that they could have had.
+and unlike all others, so that its error weighs more than that of the whole page. As the reference it is nearly exact.
+The others lose the mean that they could have had; what they may lose beside it is bounded by the factor of two.
 
 A sequence's tokens are consecutive in a call and their slots ascend within a page, as all callers write them.
 """
@@ -99,7 +99,7 @@ def _stored(page: torch.Tensor, tokens: int, layout: PageLayout) -> torch.Tensor
 
 
 def _first(keys: torch.Tensor) -> torch.Tensor:
-    """Of a sequence's first keys ``[n, H, d]``: ``[H, d]``, the first where it stands apart and is short (rule 1)."""
+    """Of a sequence's first keys ``[n, H, d]``: ``[H, d]``, the first where it stands apart and is near (rule 1)."""
     finite = torch.isfinite(keys).all(dim=-1, keepdim=True)
     largest = torch.where(finite, keys, 0.0).abs().amax(dim=(0, -1), keepdim=True).clamp(min=1e-30)  # as in _mean
     scaled = torch.where(finite, keys / largest, 0.0)
@@ -107,9 +107,10 @@ def _first(keys: torch.Tensor) -> torch.Tensor:
     count = counted.sum(dim=0)
     centre = others.sum(dim=0) / count.clamp(min=1)
     spread = torch.where(counted, others - centre, 0.0).square().sum(dim=(0, -1))
-    apart = (first - centre).square().sum(dim=-1) * count[:, 0] >= 1.5 * spread
-    short = first.square().sum(dim=-1) * count[:, 0] <= 4 * others.square().sum(dim=(0, -1))
-    return torch.where((finite[0, :, 0] & apart & short)[:, None], keys[0], _mean(keys))
+    distance = (first - centre).square().sum(dim=-1) * count[:, 0]
+    apart = distance >= 1.5 * spread
+    near = distance + spread <= 2 * others.square().sum(dim=(0, -1))
+    return torch.where((finite[0, :, 0] & apart & near)[:, None], keys[0], _mean(keys))
 
 
 def _mean(keys: torch.Tensor) -> torch.Tensor:

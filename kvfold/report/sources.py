@@ -51,7 +51,9 @@ KINDS = (
 WITHOUT_FIGURES = {
     "kvfold compare": frozenset(("prompt_tokens", "chunk", "rows")),
     "kvfold formats": frozenset(("formats", "not_built")),
+    "kvfold tune": frozenset(("frontier", "held_out", "chosen")),
     "benchmarks/vllm_answers.py": frozenset(("modes", "settings")),
+    "benchmarks/vllm_fidelity.py": frozenset(("engines", "difference")),
 }
 """Files that are known too, and of which the report shows nothing."""
 

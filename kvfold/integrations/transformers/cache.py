@@ -132,9 +132,7 @@ class KVCache(Cache):
             )
 
     @classmethod
-    def for_model(
-        cls, model: PreTrainedModel, format: ModelFormatSpec = "k4v4", **options: Any
-    ) -> KVCache:
+    def for_model(cls, model: PreTrainedModel, format: ModelFormatSpec = "k4v4", **options: Any) -> KVCache:
         """A cache for a model, which from now on runs attention on packed bytes (:func:`attach`).
 
         Args:

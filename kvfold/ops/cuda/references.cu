@@ -189,7 +189,7 @@ __device__ __forceinline__ bool mean_of(float (&x)[KEYS][4], bool (&counted)[KEY
 }
 
 // Whether the first key of a sequence, key 0 of warp 0, is to be its page's reference: it stands apart from the others and is
-// short. `mean` is of all keys that count. The answer is for warp 0.
+// near. `mean` is of all keys that count. The answer is for warp 0.
 __device__ __forceinline__ bool first_stands_apart(const float (&x)[KEYS][4], const bool (&counted)[KEYS], Shared& shared,
                                                    int warp, int lane, const float (&mean)[4]) {
     if (warp == 0) {
@@ -200,13 +200,12 @@ __device__ __forceinline__ bool first_stands_apart(const float (&x)[KEYS][4], co
     __syncthreads();
     const int all = sum_of(shared.counts), count = all - shared.first_counts;
     const float inverse = 1.0f / largest_of(shared), share = 1.0f / max(count, 1);
-    float distance = 0, length = 0, spread = 0, squares = 0;
+    float distance = 0, spread = 0, squares = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) {
         const float first = shared.first[4 * lane + e] * inverse;
         const float centre = fmaf(mean[e] * inverse, all, -first) * share;  // of the others
         distance = fmaf(first - centre, first - centre, distance);
-        length = fmaf(first, first, length);
 #pragma unroll
         for (int n = 0; n < KEYS; n++) {
             const float other = x[n][e] * inverse;
@@ -218,9 +217,8 @@ __device__ __forceinline__ bool first_stands_apart(const float (&x)[KEYS][4], co
     spread = warp_sum(spread), squares = warp_sum(squares);
     if (lane == 0) shared.spreads[warp] = spread, shared.squares[warp] = squares;
     __syncthreads();
-    const bool apart = warp_sum(distance) * count >= 1.5f * sum_of(shared.spreads);
-    const bool brief = warp_sum(length) * count <= 4 * sum_of(shared.squares);
-    return counted[0] && apart && brief;
+    distance = warp_sum(distance) * count, spread = sum_of(shared.spreads);
+    return counted[0] && distance >= 1.5f * spread && distance + spread <= 2 * sum_of(shared.squares);
 }
 
 __device__ __forceinline__ void rotate(float (&x)[4], int lane) {

@@ -78,7 +78,7 @@ def _open(
 
 @triton.jit
 def _first(keys, each, counted, mean, K: tl.constexpr):
-    """Of a sequence's first keys ``[n, padded]`` the first where it stands apart and is short, else their mean."""
+    """Of a sequence's first keys ``[n, padded]`` the first where it stands apart and is near, else their mean."""
     finite = counted & (tl.sum(keys * 0.0, axis=1) == 0.0)
     sized = tl.where(finite[:, None], keys, 0.0)
     sized /= tl.maximum(tl.max(tl.max(tl.abs(sized), axis=1), axis=0), 1e-30)
@@ -87,13 +87,10 @@ def _first(keys, each, counted, mean, K: tl.constexpr):
     centre = tl.sum(tl.where(is_other[:, None], sized, 0.0), axis=0) / tl.maximum(count, 1.0)
     away = sized - centre[None, :]
     distances, squares = tl.sum(away * away, axis=1), tl.sum(sized * sized, axis=1)
-    apart = tl.sum(tl.where(is_first, distances, 0.0), axis=0) * count >= 1.5 * tl.sum(
-        tl.where(is_other, distances, 0.0), axis=0
-    )
-    short = tl.sum(tl.where(is_first, squares, 0.0), axis=0) * count <= 4.0 * tl.sum(
-        tl.where(is_other, squares, 0.0), axis=0
-    )
-    good = (tl.sum(is_first.to(tl.int32), axis=0) > 0) & apart & short
+    distance = tl.sum(tl.where(is_first, distances, 0.0), axis=0) * count
+    spread = tl.sum(tl.where(is_other, distances, 0.0), axis=0)
+    near = distance + spread <= 2.0 * tl.sum(tl.where(is_other, squares, 0.0), axis=0)
+    good = (tl.sum(is_first.to(tl.int32), axis=0) > 0) & (distance >= 1.5 * spread) & near
     return tl.where(good, tl.sum(tl.where((each == 0)[:, None], keys, 0.0), axis=0), mean)
 
 
