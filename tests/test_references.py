@@ -466,7 +466,7 @@ def test_a_first_key_that_stands_apart_is_the_first_reference(
 def test_what_the_others_pay_for_a_first_key_as_reference(
     first: float, least: float, most: float, backend: str
 ) -> None:
-    """Their errors over those without a reference: at most 1.41 times, as docs/formats.md says. The third is too far."""
+    """Their errors over those without a reference: at most 1.41 times, says docs/formats.md. The third is too far."""
     errors = []
     for spec in ("k4v4+mean", "k4v4"):
         layout = PageLayout.of(spec, 64, page_size=16)

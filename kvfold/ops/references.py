@@ -5,8 +5,8 @@ quantised, and a score gets ``q · reference`` back once per page. Any vector is
 is chosen when its first slot is written, from the rotated keys that are nearest to what the page will hold:
 
 1. without a page before it, the sequence's first key, if it stands apart from those that this call writes behind it in
-   the page: if its distance from their mean, squared, is more than 1.5 times what theirs are on average. Not if they would
-   be more than twice as long without it as they are, in mean square. Else it and these, as in 2, however few;
+   the page: if its distance from their mean, squared, is more than 1.5 times what theirs are on average. Not if they
+   would be more than twice as long without it as they are, in mean square. Else it and these, as in 2, however few;
 2. the keys that this call writes to the page, if they are a quarter of it or more (a prefill);
 3. else, of the page before it in the sequence, the keys that this call writes, if they are half of it or more,
 4. or those it holds already, as they were stored (decoding).
