@@ -106,7 +106,12 @@ class CompressedImpl(AttentionImpl[Metadata]):
         fmt = self.settings.format
         if fmt.uniform:
             return
-        name, layer = next(pair for pair in self._layers.items() if getattr(pair[1], "impl", None) is self)
+        mine = [pair for pair in self._layers.items() if getattr(pair[1], "impl", None) is self]
+        if not mine:
+            raise UnsupportedModelError(
+                f"format {str(fmt)!r}: vLLM has no name for a layer that it loads: use one format for all layers"
+            )
+        name, layer = mine[0]
         if self.shares:
             raise UnsupportedModelError(
                 f"format {str(fmt)!r}: layer {name} shares the cache of another one, which vLLM does not serve beside "
