@@ -43,7 +43,7 @@ class Reading(NamedTuple):
     picked: Picked | None  # None: nothing exact
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)  # all blocks of a long chunk, so that other layers find them
 def reading(
     views: tuple[View, ...], starts: tuple[int, ...], num_queries: int, sinks: int, tail: int, window: int | None,
     device: torch.device, chunk: tuple[int, int] | None = None,
