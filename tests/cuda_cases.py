@@ -131,9 +131,9 @@ def bad_keys() -> tuple[Cache, Calls, Vectors]:
     return cache, [[(0, 0, 96)]], [(k, v)]
 
 
-def first_keys() -> tuple[Cache, Calls, Vectors]:
+def first_keys(spec: str = "k4v4+mean") -> tuple[Cache, Calls, Vectors]:
     """Sequences whose first key is short, one of the others, long, bad, zero, tiny with all others, or alone."""
-    cache = empty_cache(PageLayout.of("k4v4+mean", 128, page_size=16), [16, 16, 16, 16, 16, 9, 1])
+    cache = empty_cache(PageLayout.of(spec, 128, page_size=16), [16, 16, 16, 16, 16, 9, 1])
     vectors = []
     for b, size in enumerate((0.3, None, 4.0, torch.nan, 0.0, 0.3, 1.0)):
         k, v = shifted(cache, b, F32)

@@ -68,8 +68,9 @@ def test_bad_keys_do_not_count(device: EmulatedDevice) -> None:
     store_in_steps(*bad_keys())
 
 
-def test_first_keys_that_stand_apart(device: EmulatedDevice) -> None:
-    store_in_steps(*first_keys())
+@pytest.mark.parametrize("sinks", [0, 1, 4, 9])
+def test_first_keys_that_stand_apart_or_are_sinks(sinks: int, device: EmulatedDevice) -> None:
+    store_in_steps(*first_keys(f"k4v4+mean+sinks{sinks}" if sinks else "k4v4+mean"))
 
 
 STRIDES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -35,8 +35,9 @@ def test_bad_keys_do_not_count() -> None:
     store_in_steps(*bad_keys(), DEVICE)
 
 
-def test_first_keys_that_stand_apart() -> None:
-    store_in_steps(*first_keys(), DEVICE)
+@pytest.mark.parametrize("spec", ["k4v4+mean", "k4v4+mean+sinks4"])
+def test_first_keys_that_stand_apart_or_are_sinks(spec: str) -> None:
+    store_in_steps(*first_keys(spec), DEVICE)
 
 
 @pytest.mark.parametrize("tokens", [8, 4096])

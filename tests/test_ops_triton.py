@@ -124,8 +124,9 @@ def test_store_writes_the_reference_bytes(spec: str, all_sizes: tuple[tuple[int,
     ],
     ids=str,
 )
-def test_pages_are_opened_as_the_reference_opens_them(steps: tuple[int, ...]) -> None:
-    layout = PageLayout.of("k4v4+mean", 40, page_size=16)
+@pytest.mark.parametrize("spec", ["k4v4+mean", "k4v4+mean+sinks4"])
+def test_pages_are_opened_as_the_reference_opens_them(spec: str, steps: tuple[int, ...]) -> None:
+    layout = PageLayout.of(spec, 40, page_size=16)
     cache = empty_cache(layout, [40])
     k, v = noise(40, 2, 40, seed=1) + 3 * noise(2, 40, seed=2), noise(40, 2, 40, seed=3)
     k[18, 1, 5], k[20, 0] = torch.nan, k[20, 0] * 1e4

@@ -126,7 +126,8 @@ def chosen(cache: Cache, b: int, k: torch.Tensor, begin: int, end: int, page: in
     own = min(end, first + size) - first
     fresh = first - max(begin, first - size)
     if page == 0:
-        return first_of(k[:own])
+        sinks = cache.layout.format.sinks
+        return first_of(k[:own]) if not sinks else mean_of(k[sinks if own > sinks else 0 : own])
     if own >= size / 4:
         return mean_of(k[first : first + own])
     if fresh >= size / 2:
@@ -460,6 +461,17 @@ def test_a_first_key_that_stands_apart_is_the_first_reference(
     if taken:
         assert_is(reference_of(cache, 0, 0), k[0])
         assert error[1:16].max() < 1.2 * 0.35 * 2**0.5
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 5, 40])
+def test_exact_sinks_do_not_count(tokens: int, backend: str) -> None:
+    layout = PageLayout.of("k2v2+mean+sinks4", 64, page_size=16)
+    cache, vectors = empty_cache(layout, [tokens], heads=1), [(noise(40, 1, 64), noise(40, 1, 64, seed=1))]
+    vectors[0][0][:16] = beginning(0.3, 0.3)
+    vectors[0][0][1:4] *= 100
+    store(cache, [(0, 0, tokens)], vectors)
+    k = vectors[0][0]
+    assert_is(reference_of(cache, 0, 0), mean_of(k[4 : min(tokens, 16)] if tokens > 4 else k[:tokens]))
 
 
 @pytest.mark.parametrize(("first", "least", "most"), [(0.3, 1.1, 1.45), (-0.4, 0.5, 0.9), (1, 0.2, 0.6)])

@@ -6,7 +6,8 @@ is chosen when its first slot is written, from the rotated keys that are nearest
 
 1. without a page before it, the sequence's first key, if it stands apart from those that this call writes behind it in
    the page: if its distance from their mean, squared, is more than 1.5 times what theirs are on average. Not if they
-   would be more than twice as long without it as they are, in mean square. Else it and these, as in 2, however few;
+   would be more than twice as long without it as they are, in mean square. Else it and these, as in 2, however few. In
+   formats with exact sinks, whose keys are not read here, the keys behind these, as in 2, or if there are none they;
 2. the keys that this call writes to the page, if they are a quarter of it or more (a prefill);
 3. else, of the page before it in the sequence, the keys that this call writes, if they are half of it or more,
 4. or those it holds already, as they were stored (decoding).
@@ -64,7 +65,9 @@ def open_pages(
         fresh = _run_back(where, token, other, size) if other >= 0 else 0
         opened.append(page)
         if other < 0:
-            means.append(_first(rotate(k[token : token + own])))
+            sinks = layout.format.sinks
+            keys = rotate(k[token : token + own])
+            means.append(_mean(keys[sinks if own > sinks else 0 :]) if sinks else _first(keys))
         elif own >= size // 4:
             means.append(_mean(rotate(k[token : token + own])))
         elif fresh >= size // 2:

@@ -2,8 +2,9 @@
 // stored. kvfold/ops/references.py says which vector is chosen.
 //
 // Defines: PAGE (16, 32 or 64 tokens), TILE_BYTES; K_BITS (2, 3 or 4), K_TRELLIS, K_PLANE0, K_PLANE1, K_PATH and K_SCALES
-// (offsets in a tile); TYPE (what comes in: 0 bfloat16, 1 float16, 2 float32) and VECTOR (1: a vector's coordinates are
-// contiguous and aligned to 16 bytes); SIGN0 to SIGN3 (signs of the rotation, bit 1 = negative).
+// (offsets in a tile); SINKS (the format's exact first tokens); TYPE (what comes in: 0 bfloat16, 1 float16, 2 float32) and
+// VECTOR (1: a vector's coordinates are contiguous and aligned to 16 bytes); SIGN0 to SIGN3 (signs of the rotation, bit 1 =
+// negative).
 //
 // A block looks at `chunk` tokens and takes those that open a page one after the other. The keys that it chooses from are
 // dealt out to its warps, of which lane l has coordinates 4 l to 4 l + 3, and stay in registers. Keys of this call are not
@@ -263,12 +264,13 @@ extern "C" __global__ __launch_bounds__(WARPS * 32) void open_pages(const __grid
         __syncthreads();  // the page before needs nothing in shared memory any more
         float x[KEYS][4], offset[4], mean[4];
         bool counted[KEYS];
+        const int sinks = before < 0 && own > SINKS ? SINKS : 0;  // which are read exactly, from elsewhere
         const u8* page = P.pages + (before * P.heads + head) * P.page_bytes;
         if (stored) stored_reference(page + P.page_bytes, lane, offset);
 #pragma unroll
         for (int n = 0; n < KEYS; n++) {
             const int key = warp + WARPS * n;
-            counted[n] = key < count;
+            counted[n] = sinks <= key && key < count;
             x[n][0] = x[n][1] = x[n][2] = x[n][3] = 0;
             if (!counted[n]) continue;
             if (stored)
@@ -277,7 +279,7 @@ extern "C" __global__ __launch_bounds__(WARPS * 32) void open_pages(const __grid
                 load_key(P, first + key, head, lane, x[n]);
         }
         const bool good = mean_of(x, counted, shared, warp, lane, mean);
-        const bool take_first = before < 0 && first_stands_apart(x, counted, shared, warp, lane, mean);
+        const bool take_first = !SINKS && before < 0 && first_stands_apart(x, counted, shared, warp, lane, mean);
         if (warp) continue;
 #pragma unroll
         for (int e = 0; e < 4; e++) mean[e] = take_first ? x[0][e] : good ? mean[e] : 0;

@@ -23,8 +23,8 @@ def open_pages(
         k, *k.stride(), pages, pages.view(torch.int8), pages.view(torch.bfloat16), slots, slots.stride(0),
         previous, previous.stride(0), sides.full_levels(side, k.device), sides.inverse_matrix(side.head_size, k.device),
         tokens,
-        K=side, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes, TILE_BYTES=layout.tile_bytes, TILE=TILE,
-        REFERENCE=layout.reference, num_warps=8,
+        K=side, SINKS=layout.format.sinks, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes,
+        TILE_BYTES=layout.tile_bytes, TILE=TILE, REFERENCE=layout.reference, num_warps=8,
     )  # fmt: skip
 
 
@@ -32,8 +32,8 @@ def open_pages(
 def _open(
     k, k_token, k_head, k_coordinate, pages, code_pages, scale_pages, slots, slot_stride, previous, previous_stride,
     levels, matrix, tokens,
-    K: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr,
-    REFERENCE: tl.constexpr,
+    K: tl.constexpr, SINKS: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr,
+    TILE: tl.constexpr, REFERENCE: tl.constexpr,
 ):  # fmt: skip
     """A token and a KV head: if the token opens its page, the page's reference is chosen and written."""
     token, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -56,9 +56,12 @@ def _open(
             address = k + (first + each)[:, None] * k_token + head * k_head + (column * k_coordinate)[None, :]
             inside = (each < count)[:, None] & (column < K.head_size)[None, :]
             keys = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-            mean = _mean(keys, each < count, K)
-            if begins:
-                mean = _first(keys, each, each < count, mean, K)
+            counted = each < count
+            if SINKS:  # which are read exactly, from elsewhere
+                counted = counted & ((each >= SINKS) | (not begins) | (own <= SINKS))
+            mean = _mean(keys, counted, K)
+            if begins and not SINKS:
+                mean = _first(keys, each, counted, mean, K)
             _write_rotated(mean, matrix, code_pages, scale_pages, (slot // PAGE_SIZE * heads + head) * PAGE_BYTES,
                            K, PAGE_BYTES, REFERENCE)  # fmt: skip
         else:
