@@ -28,6 +28,7 @@ import json
 import math
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -272,7 +273,7 @@ def main() -> None:
     if args.json:
         from kvfold.commands.bench import environment_of_gpu
 
-        head = {"command": " ".join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        head = {"command": shlex.join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         settings = {
             "dtype": args.dtype,
             "prompts": [len(p) for p in prompts],

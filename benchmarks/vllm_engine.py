@@ -20,6 +20,7 @@ import os
 import queue
 import random
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -198,7 +199,7 @@ def main() -> None:
         return
     require(args.json, args.dtypes)
     head: dict[str, Any] = {
-        "command": " ".join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "layers": args.layers, "utilization": args.utilization, "caches_at_a_time": args.gpus,
     }  # fmt: skip
     gpus: queue.SimpleQueue[str] = queue.SimpleQueue()

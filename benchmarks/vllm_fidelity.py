@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -236,7 +237,7 @@ def main() -> None:
         }  # fmt: skip
         said = {key: future.result() for key, future in started.items()}
     result = {
-        "command": " ".join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": environment_of_gpu(None),
         "settings": {
             "dtype": args.dtype, "format": fmt, "chunk": "packed", "windows": len(windows), "window_tokens": 2048,
