@@ -2,10 +2,10 @@
 
 KL divergences are those of `kvfold fidelity`, every query reading page bytes. First uniform formats within the budget
 are measured on windows of the text; then each layer's K and V alone, all else uncompressed, in the sides of the best of
-these; from that follows what each would lose in other sides, and which allocation of the budget loses least. That one
-and the best uniform format are measured on other windows of the text, and formats of single layers are proposed only if
-they are better there beyond doubt: if the 95 % bootstrap interval of the difference lies below zero. The format goes to
-stdout, so that other commands can take it; what was found goes to stderr.
+these and in every narrower one; from that follows what each would lose in wider sides, and which allocation of the
+budget loses least. That one and the best uniform format are measured on other windows of the text, and formats of
+single layers are proposed only if they are better there beyond doubt: if the 95 % bootstrap interval of the difference
+lies below zero. The format goes to stdout, so that other commands can take it; what was found goes to stderr.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ EPILOG = """\
 JSON (--json FILE): command, date, environment, settings, uniform [{format, bits, kl}], layers [{layer, k, v}], frontier
 [{bits, predicted_kl}], allocation {format, bits, predicted_kl, kl}, held_out {uniform, allocation, difference, pieces},
 chosen {format, object, bits, by_layer, reason}. bits are all-in, per element, over the compressed layers; kl and
-predicted_kl are means in nats per token on the windows for tuning. layers: KL where only that layer's K, or V, is
-compressed, in the sides of the best uniform format. Figures of held_out are {value, low, high}, on the other windows.
-What was not measured is empty or null: layers with --uniform, held_out where there is nothing to compare.
+predicted_kl are means in nats per token on the windows for tuning. layers: k and v are {side: kl}, KL where only that
+layer's K, or V, is compressed, in the side of the best uniform format and in every narrower one. Figures of held_out
+are {value, low, high}, on the other windows. What was not measured is empty or null: layers with --uniform, held_out
+where there is nothing to compare.
 
 example: kvfold plan --layers 30 --kv-heads 3 --head-size 64 --memory 1GiB --format $(kvfold tune --bits 3.5)
 """
@@ -177,6 +178,10 @@ def check_length(args: argparse.Namespace, subject: Subject, path: Path, text: s
 # --- what is to be decided --------------------------------------------------------------------------------------------
 
 
+Alone = dict[tuple[int, str], dict[Side, float]]
+"""KL where only a layer's ``k``, or ``v``, is compressed: for each of the sides in which it was measured."""
+
+
 class Job(NamedTuple):
     """Something to measure: a format, and the layers that stay uncompressed."""
 
@@ -191,7 +196,7 @@ class Task:
 
     Attributes:
         candidates: Uniform formats within the budget that are worth measuring.
-        k_sides: What K may be stored as, v_sides: V; narrowest first.
+        k_sides: What K may be stored as, v_sides: V; narrowest first, each next one of more bytes and less error.
         base: A candidate, for the options that all share.
         layers: The compressed layers.
         page_size: Tokens in a page.
@@ -218,7 +223,7 @@ class Task:
         Raises:
             UsageError: No format is as small as the budget.
         """
-        from kvfold.eval.tune import widest
+        from kvfold.eval.tune import unbeaten, widest
 
         size = next(iter(layers.values()))
         most = int(budget * elements_of(layers) * page_size / 8)
@@ -239,11 +244,11 @@ class Task:
                 f"these sides, scales and padding included: give --bits {enough} or more, or narrower --sides"
             )
 
-        def sorted_sides(sides: Sequence[Side], head_size: int) -> list[Side]:
-            return sorted(dict.fromkeys(sides), key=lambda side: (side.bytes_per_token(head_size), side.name))
-
-        k_sides = sorted_sides([fmt.k for fmt in formats], size.head_size)
-        v_sides = sorted_sides([fmt.v for fmt in formats], size.head_size_v)
+        # the same bytes and errors as those of the candidates, so that no candidate has a side that is left out here
+        ks = [place for place, fmt in enumerate(formats) if fmt.v == formats[0].v]
+        vs = [place for place, fmt in enumerate(formats) if fmt.k == formats[0].k]
+        k_sides = [formats[ks[own]].k for own in unbeaten([(sizes[place][0], sizes[place][1][0]) for place in ks])]
+        v_sides = [formats[vs[own]].v for own in unbeaten([(sizes[place][0], sizes[place][1][1]) for place in vs])]
         return Task([formats[place] for place in places], k_sides, v_sides, formats[0], layers, page_size, most)
 
     def format(self, k: Side, v: Side) -> KVFormat:
@@ -256,17 +261,32 @@ class Task:
         assert value is not None
         return value
 
-    def alone(self, layer: int, which: str, fmt: KVFormat) -> Job:
-        """One layer's K or V in a format, and nothing else compressed."""
-        own = replace(fmt, v=_EXACT) if which == "k" else replace(fmt, k=_EXACT, mean=False)
-        others = tuple(other for other in self.layers if other != layer)
-        return Job(f"layer {layer}, {which.upper()}", ModelFormat(own), others)
+    def measured(self, which: str, best: KVFormat) -> list[Side]:
+        """The sides in which each layer's ``k`` or ``v`` is measured alone: narrower ones than ``best``'s, and that.
 
-    def items(self, best: KVFormat, alone: dict[tuple[int, str], float]) -> list[list[Option]]:
+        An allocation can use all of them, as each is smaller than that of a format within the budget.
+        """
+        sides, own = (self.k_sides, best.k) if which == "k" else (self.v_sides, best.v)
+        return sides[: sides.index(own) + 1]
+
+    def parts(self, best: KVFormat) -> list[tuple[int, str, Side]]:
+        """All that is measured alone: layer, ``k`` or ``v``, and the side."""
+        return [(layer, which, side) for layer in self.layers for which in "kv" for side in self.measured(which, best)]
+
+    def alone(self, layer: int, which: str, side: Side) -> Job:
+        """One layer's K or V in a side, and nothing else compressed."""
+        own = self.format(side, _EXACT) if which == "k" else replace(self.base, k=_EXACT, v=side, mean=False)
+        others = tuple(other for other in self.layers if other != layer)
+        return Job(f"layer {layer}, {which.upper()} in {side.name}", ModelFormat(own), others)
+
+    def items(self, best: KVFormat, alone: Alone) -> list[list[Option]]:
         """For each layer what its K and its V may be stored as: bytes of a page, and the KL that follows.
 
-        Where nothing else is compressed a KL grows with the square of the error, so it is that of ``best``'s side times
-        the ratio of the two sides' expected errors.
+        What was measured is taken as it is, even where noise puts a narrower side below a wider one: it shows no
+        difference between the two then, and the narrower one leaves more bytes to others. For sides wider than
+        ``best``'s the KL is that one's times the ratio of the two sides' expected errors: where nothing else is
+        compressed, a KL grows with the square of a small error. Large errors do more, which is why no narrower side is
+        predicted.
         """
         from kvfold.eval.tune import Option
 
@@ -291,9 +311,10 @@ class Task:
         return ModelFormat.of_layers(dict(zip(self.layers, formats, strict=True)))
 
 
-def _losses(measured: float, in_side: Side, sides: Sequence[Side], head_size: int) -> list[float]:
-    per_error = measured / expected_distortion(in_side, head_size)
-    return [per_error * expected_distortion(side, head_size) for side in sides]
+def _losses(measured: dict[Side, float], own: Side, sides: Sequence[Side], head_size: int) -> list[float]:
+    """What was measured, and for the other sides what follows from the one of the best uniform format, ``own``."""
+    per_error = measured[own] / expected_distortion(own, head_size)
+    return [measured[side] if side in measured else per_error * expected_distortion(side, head_size) for side in sides]
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -314,7 +335,7 @@ class Findings:
 
     Attributes:
         uniform: KL of each candidate.
-        alone: KL of each layer's ``k`` and ``v`` alone.
+        alone: KL of each layer's ``k`` and ``v`` alone, in the best uniform format's sides and narrower ones.
         frontier: The allocations that no other one beats, with predicted losses.
         allocation: The format of the last of them.
         allocation_kl: What was measured of it on the windows for tuning.
@@ -324,7 +345,7 @@ class Findings:
 
     task: Task
     uniform: dict[KVFormat, float] = field(default_factory=dict)
-    alone: dict[tuple[int, str], float] = field(default_factory=dict)
+    alone: Alone = field(default_factory=dict)
     frontier: list[Allocation] = field(default_factory=list)
     allocation: ModelFormat | None = None
     allocation_kl: float | None = None
@@ -345,8 +366,11 @@ class Findings:
         uniform = [
             {"format": str(fmt), "bits": task.bits(ModelFormat(fmt)), "kl": kl} for fmt, kl in self.uniform.items()
         ]
-        measured = sorted({layer for layer, _ in self.alone})
-        layers = [{"layer": layer, **{which: self.alone.get((layer, which)) for which in "kv"}} for layer in measured]
+        layers = [
+            {"layer": layer}
+            | {which: {side.name: kl for side, kl in self.alone[layer, which].items()} for which in "kv"}
+            for layer in sorted({layer for layer, _ in self.alone})
+        ]
         frontier = [{"bits": 8 * point.cost / task.elements, "predicted_kl": point.loss} for point in self.frontier]
         allocation = None
         if self.allocation is not None:
@@ -387,21 +411,23 @@ def _tune(args: argparse.Namespace, subject: Subject, ids: torch.Tensor, found: 
     task = found.task
     tuning, others = ids[: args.windows], ids[args.windows :]
     per_layer = not args.uniform and len(task.layers) > 1
-    passes = (2 + len(task.candidates) + per_layer * (2 + 2 * len(task.layers))) * len(tuning)
-    with progress(passes + 3 * per_layer * len(others)) as step:
+    with progress((1 + len(task.candidates)) * len(tuning)) as step:
         measure = Measure(subject, args.page_size, step)
         uniform = measure.all([Job(str(fmt), ModelFormat(fmt)) for fmt in task.candidates], tuning)
-        found.uniform.update(zip(task.candidates, map(_mean, uniform), strict=True))
-        best = ModelFormat(found.best)
-        if not per_layer:
-            found.choose(best, "the best of the uniform formats within the budget")
-            return
-        if found.best.k == task.k_sides[-1] and found.best.v == task.v_sides[-1]:
-            found.choose(best, "the widest sides are within the budget, so there is nothing to choose")
-            return
-        parts = [(layer, which) for layer in task.layers for which in "kv"]
-        alone = measure.all([task.alone(layer, which, found.best) for layer, which in parts], tuning)
-        found.alone.update(zip(parts, map(_mean, alone), strict=True))
+    found.uniform.update(zip(task.candidates, map(_mean, uniform), strict=True))
+    best = ModelFormat(found.best)
+    if not per_layer:
+        found.choose(best, "the best of the uniform formats within the budget")
+        return
+    if found.best.k == task.k_sides[-1] and found.best.v == task.v_sides[-1]:
+        found.choose(best, "the widest sides are within the budget, so there is nothing to choose")
+        return
+    parts = task.parts(found.best)  # how many there are depends on the best uniform format: hence a bar of their own
+    with progress((3 + len(parts)) * len(tuning) + 3 * len(others)) as step:
+        measure = Measure(subject, args.page_size, step)
+        alone = measure.all([task.alone(*part) for part in parts], tuning)
+        for (layer, which, side), kl in zip(parts, map(_mean, alone), strict=True):
+            found.alone.setdefault((layer, which), {})[side] = kl
         found.frontier = frontier(task.items(found.best, found.alone), task.budget)
         found.allocation = allocation = task.chosen(found.frontier[-1].choices)
         assert allocation.page_bytes(task.layers, task.page_size) == found.frontier[-1].cost
@@ -523,14 +549,15 @@ def _text(args: argparse.Namespace, path: Path, found: Findings) -> str:
 
 
 def _sensitive(found: Findings) -> list[str]:
-    """The layers whose K or V alone loses most."""
+    """The layers whose K or V alone loses most: a line for each side, the best uniform format's first."""
     lines = []
     for which in "kv":
-        losses = {layer: found.alone[layer, which] for layer in found.task.layers}
-        most = sorted(losses, key=lambda layer: -losses[layer])[:5]
-        shown = ", ".join(f"{layer} ({losses[layer]:.2g})" for layer in most)
-        side = getattr(found.best, which).name
-        lines.append(f"{which.upper()} alone in {side}: {sum(losses.values()):.3g} in all; most in layers {shown}.")
+        for side in reversed(found.task.measured(which, found.best)):
+            losses = {layer: found.alone[layer, which][side] for layer in found.task.layers}
+            most = sorted(losses, key=lambda layer: -losses[layer])[:5]
+            shown = ", ".join(f"{layer} ({losses[layer]:.2g})" for layer in most)
+            total = f"{sum(losses.values()):.3g}"
+            lines.append(f"{which.upper()} alone in {side.name}: {total} in all; most in layers {shown}.")
     return lines
 
 
@@ -541,7 +568,10 @@ def _figure(figure: Interval) -> str:
 
 
 def _plot(found: Findings, path: Path, title: str) -> None:
-    """KL against bits: uniform formats, the predicted frontier and what was chosen; and each layer's K and V alone."""
+    """KL against bits: uniform formats, the predicted frontier and what was chosen; and each layer's K and V alone.
+
+    Of these the best uniform format's sides are solid lines, narrower ones thin and dashed.
+    """
     from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 
     task = found.task
@@ -558,12 +588,12 @@ def _plot(found: Findings, path: Path, title: str) -> None:
     if found.allocation is not None and found.allocation_kl is not None:
         at = [task.bits(found.allocation)], [found.allocation_kl]
         left.plot(*at, "*", color="black", markersize=11, label="by layer, measured")
-    for which, marker in (("k", "o"), ("v", "s")):
-        losses = [(layer, kl) for (layer, own), kl in found.alone.items() if own == which]
-        if losses:
-            side = getattr(found.best, which).name
-            label = f"{which.upper()} alone in {side}"
-            right.plot(*zip(*losses, strict=True), marker=marker, linewidth=0.7, label=label)
+    for which, marker, colour in (("k", "o", "C0"), ("v", "s", "C1")) if found.alone else ():
+        for place, side in enumerate(reversed(task.measured(which, found.best))):
+            dash, width, size = ("-", 0.9, 6) if place == 0 else (("--", "-.", ":")[(place - 1) % 3], 0.5, 3)
+            look = {"linestyle": dash, "linewidth": width, "marker": marker, "markersize": size, "color": colour}
+            losses = [found.alone[layer, which][side] for layer in task.layers]
+            right.plot(list(task.layers), losses, label=f"{which.upper()} alone in {side.name}", **look)
     left.set_xlabel("bits per element, all-in")
     right.set_xlabel("layer")
     for axes in (left, right):

@@ -113,6 +113,22 @@ def widest(sizes: Sequence[tuple[int, Sequence[float]]], budget: int) -> list[in
     return [place for place in within if not beaten(place)]
 
 
+def unbeaten(sizes: Sequence[tuple[int, float]]) -> list[int]:
+    """Of what one item may be stored as the places that an allocation can use, from the cheapest to the best.
+
+    Args:
+        sizes: For each its bytes and its expected error; less is better.
+
+    Returns:
+        Every next one costs more and errs less. The others cost and err no less than one of these.
+    """
+    kept: list[int] = []
+    for place in sorted(range(len(sizes)), key=lambda place: sizes[place]):  # a stable sort: of equals the first stays
+        if not kept or sizes[place][1] < sizes[kept[-1]][1]:
+            kept.append(place)
+    return kept
+
+
 def pieces(values: Sequence[Floats], block: int = BLOCK) -> Floats:
     """Means over pieces of text, for bootstrap intervals: ``[pieces]`` from values ``[n]`` of each window.
 
