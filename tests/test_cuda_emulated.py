@@ -233,6 +233,19 @@ def test_batches_of_next_to_nothing(lengths: tuple[int, ...], device: EmulatedDe
     check(cache, queries(cache), batch_invariant=True)
 
 
+@pytest.mark.parametrize("group", [4, 8])
+@pytest.mark.parametrize("lengths", [(138,) * 3, (70, 32, 150, 290), (530,), (96, 0, 352, 65)], ids=str)
+def test_warps_to_spare(lengths: tuple[int, ...], group: int) -> None:
+    """Items of 3, 5, 9, 11 and 17 steps, a warp each, and gaps behind them so that few lie in two blocks."""
+    with emulated_device(multiprocessors=6) as device, ops.backend("cuda"):
+        cache = stored(lengths, heads=2)
+        q = queries(cache, group)
+        want = check(cache, q)
+        for schedule in SCHEDULES[3:5]:
+            device.schedule = schedule
+            assert same(attend(cache, q), want)
+
+
 def test_one_long_sequence_among_short_ones(device: EmulatedDevice) -> None:
     """All blocks have parts of the long one's items, and the last to come merges them."""
     cache = stored((3, 5000, 0, 65), "k3v4", heads=1)

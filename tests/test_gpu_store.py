@@ -69,9 +69,9 @@ def test_scattered_tokens(spec: str, dtype: torch.dtype, page_size: int) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "mean" not in spec])
 def test_few_tokens(spec: str, dtype: torch.dtype) -> None:
-    """A token's bytes do not depend on how many are stored with it."""
+    """A token's bytes do not depend on how many are stored with it, where pages have no reference."""
     layout = PageLayout.of(spec, 128, page_size=32)
     k, v = noise(40, 3, 128, seed=1, dtype=dtype), noise(40, 3, 128, seed=2, dtype=dtype)
     k[6], v[7], k[9, 1, 4], v[3] = 0, torch.inf, torch.nan, v[3] * 1e-3

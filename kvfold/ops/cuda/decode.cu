@@ -97,12 +97,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             place = (u32)__umul64hi((u64)plan.total * mine, P.warps_inverse);
             copies = (u32)__umul64hi((u64)plan.total * (mine + 1), P.warps_inverse) - place;
         }
-        u32 before = 0, units = 0;
+        u32 before = 0, places = 0;
         const u32 wanted = plan.piece ? quotient(mine, reciprocal_of(items_each)) : place / items_each;
 #pragma unroll 1
         for (int base = 0; base < P.batch; base += 32) { // the first sequence whose sum of steps, or pieces, exceeds `wanted`
             const Span s = base == 0 ? first32 : base + lane < P.batch ? span(P, base + lane) : Span{0, 0};
-            const u32 own = units_of(plan, s.count);
+            const u32 own = places_of(plan, s.count);
             u32 upto = own;
 #pragma unroll
             for (int k = 1; k < 32; k <<= 1) {
@@ -114,19 +114,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
                 const int at = __ffs(beyond) - 1;
                 item.x = base + at;
                 item.z = __shfl_sync(~0u, s.begin, at), item.w = __shfl_sync(~0u, s.count, at);
-                units = __shfl_sync(~0u, own, at);
-                before += __shfl_sync(~0u, upto, at) - units;
+                places = __shfl_sync(~0u, own, at);
+                before += __shfl_sync(~0u, upto, at) - places;
                 break;
             }
             before += __shfl_sync(~0u, upto, 31);
         }
         const u32 past = place - before * items_each;
-        const float units_inverse = reciprocal_of(units);
-        item.y = plan.piece ? quotient(past, units_inverse) : past / units;
-        begin = past - item.y * units;
-        if (plan.piece) { // the pieces' sizes differ by one at most
-            const u32 piece = begin, size = quotient(item.w, units_inverse), longer = item.w - size * units;
-            begin = size * piece + min(piece, longer), copies = size + (piece < longer);
+        item.y = plan.piece ? quotient(past, reciprocal_of(places)) : past / places;
+        begin = past - item.y * places;
+        if (plan.piece) { // the pieces' sizes differ by one at most; in a gap there is none
+            const u32 units = units_of(plan, item.w), piece = begin;
+            const u32 size = quotient(item.w, reciprocal_of(units)), longer = item.w - size * units;
+            begin = size * piece + min(piece, longer), copies = piece < units ? size + (piece < longer) : 0;
             first_warp = mine - piece, last_warp = first_warp + units - 1;
         } else {
             item_begin = place - begin;

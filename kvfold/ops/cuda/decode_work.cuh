@@ -103,9 +103,10 @@ __device__ __forceinline__ u64 tiles_at(u64 source) { return MEAN && PAGE == 64 
 struct Deal {
     u32 total; // steps of all items
     u32 piece; // 0: each warp gets an equal stretch of the line. Else each item is cut into pieces of at most so many steps
-    u32 warps; // that have work, the first ones
+    u32 warps; // that have work, the first ones; with gaps, not all of these
     float inverse; // of piece
     float spread;  // 0, or pieces of a step, if more and shorter pieces than needed are wanted
+    bool gaps;     // whether warps are left without work, so that items lie in as few CTAs as possible
 };
 
 // n / divisor, rounded down; exact for n below 2^20.
@@ -116,33 +117,43 @@ __device__ __forceinline__ u32 units_of(const Deal& d, u32 steps) {
     return d.piece ? max(quotient(steps + d.piece - 1, d.inverse), (u32)((float)steps * d.spread)) : steps;
 }
 
+// How many places an item has in the line: a warp each, or a step. With gaps they are divisors or multiples of a CTA's warps.
+__device__ __forceinline__ u32 places_of(const Deal& d, u32 steps) {
+    static_assert(WARPS == 16 || WARPS == 12, "which numbers divide it?");
+    const u32 units = units_of(d, steps);
+    if (!d.gaps || units < 3) return units;
+    if (units > WARPS) return (units + WARPS - 1) / WARPS * WARPS;
+    if (WARPS == 12) return units > 6 ? 12 : units == 5 ? 6 : units;
+    return 1 << 32 - __clz(units - 1);
+}
+
 // Of all items.
-__device__ __forceinline__ u32 sum_units(const Params& P, const Deal& d, int first, int lane) {
-    u32 sum = units_of(d, first);
+__device__ __forceinline__ u32 sum_places(const Params& P, const Deal& d, int first, int lane) {
+    u32 sum = places_of(d, first);
 #pragma unroll 1
-    for (int b = 32 + lane; b < P.batch; b += 32) sum += units_of(d, span(P, b).count);
+    for (int b = 32 + lane; b < P.batch; b += 32) sum += places_of(d, span(P, b).count);
     return __reduce_add_sync(~0u, sum) * (P.heads * P.row_blocks);
 }
 
 // Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower. Short ones are
-// as few as possible, so that an item is few CTAs; of long ones each warp has one if lengths allow, so that all SMs read.
+// as few as possible, so that an item is few CTAs, and if there are warps to spare none begins in one CTA that could lie in the
+// next; of long ones each warp has one if lengths allow, so that all SMs read.
 __device__ __forceinline__ Deal deal(const Params& P, int first, int lane) {
     const u32 all = gridDim.x * WARPS;
-    Deal d = {0, 0, all, 0.f, 0.f};
-    d.total = sum_units(P, d, first, lane);
+    Deal d = {0, 0, all, 0.f, 0.f, false};
+    d.total = sum_places(P, d, first, lane);
     const u32 least = max((u32)__umul64hi((u64)d.total + all - 1, P.warps_inverse), 1u);
     if (least > P.largest_piece || d.total >> 20 >= P.heads * P.row_blocks) return d; // quotients would not be exact
 #pragma unroll 1
     for (u32 piece = least; piece <= least + max(2u, least / SLACK); piece++) {
         d.piece = piece, d.inverse = reciprocal_of(piece);
-        d.warps = sum_units(P, d, first, lane);
+        d.warps = sum_places(P, d, first, lane);
         if (d.warps > all) continue;
-        if (piece >= LONG_PIECE) {
-            d.spread = 1.00001f * all / d.total; // above the quotient, so that whole numbers stay whole
-            const u32 spread = sum_units(P, d, first, lane);
-            if (spread <= all) d.warps = spread;
-            else d.spread = 0.f;
-        }
+        if (piece >= LONG_PIECE) d.spread = 1.00001f * all / d.total; // above the quotient, so that whole numbers stay whole
+        else d.gaps = true;
+        const u32 wanted = sum_places(P, d, first, lane);
+        if (wanted <= all) d.warps = wanted;
+        else d.spread = 0.f, d.gaps = false;
         return d;
     }
     d.piece = 0, d.warps = all;
