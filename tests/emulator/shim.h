@@ -91,7 +91,6 @@ inline float __fadd_ru(float a, float b) {
 }
 inline float __frcp_rn(float a) { return 1.f / a; }
 inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }

@@ -46,7 +46,6 @@ class _Params(ctypes.Structure):
         ("page_stride", ctypes.c_uint32),
         *((name, ctypes.c_int32) for name in ("table_stride", "pages_per_sequence")),
         *((name, ctypes.c_uint32) for name in ("table_bytes", "q_bytes", "minus_one", "low_nibbles")),
-        ("right", ctypes.c_uint32 * 8),
         ("scale_log2", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("q_stride_b", "q_stride_t", "q_stride_h")),
         *((name, ctypes.c_void_p) for name in ("scratch", "counters", "out", "lse", "mask")),
@@ -54,9 +53,6 @@ class _Params(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("splits", "begin")),
         *((name, ctypes.c_float) for name in ("softcap_log2", "softcap_inv")),
     )
-
-
-_RIGHT = (ctypes.c_uint32 * 8)(0, *(2 ** (32 - n) for n in range(1, 8)))  # products with these shift right by n
 
 
 # --- constants --------------------------------------------------------------------------------------------------------
@@ -214,8 +210,7 @@ def decode_attention(
         heads=heads, group=num_heads // heads, row_blocks=-(-rows // (4 * blocks)), lag=min(options.lag, _FAR),
         window=min(options.window or 0, _FAR), table_bytes=_reach(table), q_bytes=_reach(q),
         largest_piece=_LARGEST_PIECE, warps_inverse=-(-(2**64) // (scratch.sms * (threads // 32))),
-        minus_one=0xFFFFFFFF, low_nibbles=0x0F0F0F0F, right=_RIGHT, splits=_SPLITS,
-        scale_log2=options.scale * _LOG2_E,
+        minus_one=0xFFFFFFFF, low_nibbles=0x0F0F0F0F, splits=_SPLITS, scale_log2=options.scale * _LOG2_E,
     )  # fmt: skip
     read: list[torch.Tensor | None] = [q, table]  # alive until the launch is queued
     for bit, (name, positions) in enumerate(

@@ -14,7 +14,6 @@ struct Lane {
     // of trellises: 0 where nothing is before a word of path bits, where that lies in V, and masks as `select` wants them: of
     // the lower two bits of nibbles, of all bits but the lowest, and the lowest two, of bytes
     u32 k_carry, v_carry, v_before, low_pairs, but_one, but_two;
-    u32 right[8]; // as in Params; constants in the end
 };
 
 __device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
@@ -46,17 +45,10 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.scale_order = pin(swapped(lane) ? 0x3244u : 0x1044u, lane);
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
     L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
-#pragma unroll
-    for (int n = 0; n < 8; n++) L.right[n] = P.right[n];
     return L;
 }
 
 // --- trellises --------------------------------------------------------------------------------------------------------
-
-// x >> N by a product: reading a trellis leaves the multiplier idle and keeps the integer unit busy.
-template <int N> __device__ __forceinline__ u32 right(const Lane& L, u32 x) {
-    return __umulhi(x, L.right[N]);
-}
 
 // Indices of the levels of 32 coordinates, or of eight tokens' four, in the nibbles of four words: the path's bits from
 // `even` and `odd`, above them refine bits, in `low` and `high` (2 bits a coordinate) or in `low` alone (1 bit). With 5 bits
@@ -68,19 +60,18 @@ __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, 
         const u32 r_even = low & 0x55555555u, r_odd = low & 0xaaaaaaaau;
         w[0] = select(even, r_even << 2, L.low_pairs);
         w[1] = select(odd, r_odd << 1, L.low_pairs);
-        w[2] = select(right<2>(L, even), r_even, L.low_pairs);
-        w[3] = select(right<2>(L, odd), right<1>(L, r_odd), L.low_pairs);
+        w[2] = select(even >> 2, r_even, L.low_pairs);
+        w[3] = select(odd >> 2, r_odd >> 1, L.low_pairs);
         return;
     }
     w[0] = select(even, low << 2, L.low_pairs);
     w[1] = select(odd, low, L.low_pairs);
-    w[2] = select(right<2>(L, even), high << 2, L.low_pairs);
-    w[3] = select(right<2>(L, odd), high, L.low_pairs);
+    w[2] = select(even >> 2, high << 2, L.low_pairs);
+    w[3] = select(odd >> 2, high, L.low_pairs);
     if (BITS == 4) {
-        const u32 tops[4] = {top, right<1>(L, top), right<2>(L, top), right<3>(L, top)};
 #pragma unroll
         for (int q = 0; q < 4; q++) {
-            negative[q] = (~tops[q] & 0x11111111u) * 15;
+            negative[q] = (~(top >> q) & 0x11111111u) * 15;
             w[q] ^= negative[q];
         }
     }
@@ -140,17 +131,17 @@ __device__ __forceinline__ u32 sign_bytes(u32 negative, bool upper_half) {
 // --- V ----------------------------------------------------------------------------------------------------------------
 
 // Nibbles of the same byte of eight tokens, four of each tile: low nibbles and high nibbles of the byte.
-__device__ __forceinline__ void interleave(const Lane& L, u32 x, u32 y, u32& low, u32& high) {
-    low = select(x, y << 4, L.low_nibbles);
-    high = select(VTRELLIS ? right<4>(L, x) : x >> 4, y, L.low_nibbles);
+__device__ __forceinline__ void interleave(u32 x, u32 y, u32 mask, u32& low, u32& high) {
+    low = select(x, y << 4, mask);
+    high = select(x >> 4, y, mask);
 }
 
 // Bytes of four tokens, shifted up as strings: `before` has the bytes before theirs.
 __device__ __forceinline__ u32 one_up(const Lane& L, u32 before, u32 bytes) {
-    return select(bytes << 1, right<7>(L, before), L.but_one);
+    return select(bytes << 1, before >> 7, L.but_one);
 }
 __device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 bytes) {
-    return select(bytes << 2, right<6>(L, before), L.but_two);
+    return select(bytes << 2, before >> 6, L.but_two);
 }
 
 // Calls `use(j, e, f, e_negative, f_negative)` for each of the eight products of a step: the codes of eight tokens, of the
@@ -185,11 +176,11 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, c
 #pragma unroll
     for (int byte = 0; byte < 2; byte++) {
         u32 e[2], o[2], l[2], h[2] = {0, 0}, t[2] = {0, 0}; // by nibble of the byte
-        interleave(L, even[0][byte], even[1][byte], e[0], e[1]);
-        interleave(L, odd[0][byte], odd[1][byte], o[0], o[1]);
-        interleave(L, low[0][byte], low[1][byte], l[0], l[1]);
-        if (VBITS > 2) interleave(L, high[0][byte], high[1][byte], h[0], h[1]);
-        if (VBITS == 4) interleave(L, top[0][byte], top[1][byte], t[0], t[1]);
+        interleave(even[0][byte], even[1][byte], L.low_nibbles, e[0], e[1]);
+        interleave(odd[0][byte], odd[1][byte], L.low_nibbles, o[0], o[1]);
+        interleave(low[0][byte], low[1][byte], L.low_nibbles, l[0], l[1]);
+        if (VBITS > 2) interleave(high[0][byte], high[1][byte], L.low_nibbles, h[0], h[1]);
+        if (VBITS == 4) interleave(top[0][byte], top[1][byte], L.low_nibbles, t[0], t[1]);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             u32 w[4], negative[4] = {0, 0, 0, 0};
@@ -218,14 +209,14 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, c
     for (int byte = 0; byte < 4; byte++) {
         u32 code[2][2]; // [nibble of the byte][row g, row g + 8]
 #if VBITS == 4
-        interleave(L, xs[0][byte], ys[0][byte], code[0][0], code[1][0]);
-        interleave(L, xs[1][byte], ys[1][byte], code[0][1], code[1][1]);
+        interleave(xs[0][byte], ys[0][byte], L.low_nibbles, code[0][0], code[1][0]);
+        interleave(xs[1][byte], ys[1][byte], L.low_nibbles, code[0][1], code[1][1]);
 #else
         u32 pair[2];
-        interleave(L, xs[byte], ys[byte], pair[0], pair[1]);
+        interleave(xs[byte], ys[byte], L.low_nibbles, pair[0], pair[1]);
 #if VBITS == 3
         u32 top[2];
-        interleave(L, hs[byte], ks[byte], top[0], top[1]);
+        interleave(hs[byte], ks[byte], L.low_nibbles, top[0], top[1]);
 #endif
 #pragma unroll
         for (int n = 0; n < 2; n++) {

@@ -51,7 +51,6 @@ struct Params { // what is needed first comes first: constants arrive by lines
     int table_stride, pages_per_sequence;
     u32 table_bytes, q_bytes; // how far they reach
     u32 minus_one, low_nibbles; // -1 and 0x0f0f0f0f, kept from the compiler, which would use them worse
-    u32 right[8]; // [n]: 2^(32 - n), likewise, to shift right by products; of 0 nothing
     float scale_log2; // score scale * log2(e)
     i64 q_stride_b, q_stride_t, q_stride_h;
     float* scratch; // partial results of CTAs [grid, 2], then of warps [grid, WARPS, 3]; FIXED: of CTAs alone [grid]
