@@ -234,10 +234,12 @@ def test_batches_of_next_to_nothing(lengths: tuple[int, ...], device: EmulatedDe
 
 
 @pytest.mark.parametrize("group", [4, 8])
-@pytest.mark.parametrize("lengths", [(138,) * 3, (70, 32, 150, 290), (530,), (96, 0, 352, 65)], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [(138,) * 3, (20,) * 4, (70, 32, 150, 290), (530,), (96, 0, 352, 65), (1, 0, 600)], ids=str
+)
 def test_warps_to_spare(lengths: tuple[int, ...], group: int) -> None:
-    """Items of 3, 5, 9, 11 and 17 steps, a warp each, and gaps behind them so that few lie in two blocks."""
-    with emulated_device(multiprocessors=6) as device, ops.backend("cuda"):
+    """Items of a step and of many, each in one block, with gaps behind them whose warps help at the end."""
+    with emulated_device(multiprocessors=12) as device, ops.backend("cuda"):
         cache = stored(lengths, heads=2)
         q = queries(cache, group)
         want = check(cache, q)

@@ -31,6 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #endif
     __shared__ int4 reading[WARPS]; // the items that warps attend to
     __shared__ int2 covering[WARPS]; // the first and last warps that have to do with these, if warps do not change
+    __shared__ int sharing[WARPS];   // how many warps from the first one on are theirs, with a gap behind the last
     __shared__ int busy[WARPS]; // whether a warp has steps
     __shared__ Copies copying[WARPS];
     __shared__ int pending[2]; // what this CTA is the last to bring to an item, and the item
@@ -47,6 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #if !FIXED
         partial[warp][0] = partial[warp][1] = nullptr;
         ends[warp] = 0;
+        sharing[warp] = 0;
 #endif
     }
     if (threadIdx.x < 2) pending[threadIdx.x] = 0;
@@ -73,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         copies = low + (high - low) * min(warp + 1, active) / active - begin;
         item.z = all.begin, item.w = total;
         first_warp = (cta_slot - blockIdx.x) * WARPS, last_warp = first_warp + (ctas - 1) * WARPS + active - 1;
+        if (lane == 0) sharing[warp] = last_warp + 1 - first_warp;
     }
     const bool piecewise = false;
 #else
@@ -128,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             const u32 size = quotient(item.w, reciprocal_of(units)), longer = item.w - size * units;
             begin = size * piece + min(piece, longer), copies = piece < units ? size + (piece < longer) : 0;
             first_warp = mine - piece, last_warp = first_warp + units - 1;
+            if (lane == 0) sharing[warp] = places;
         } else {
             item_begin = place - begin;
         }
@@ -309,23 +313,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 
     const int cta_warp = cta_slot * WARPS; // the first one of this CTA in the grid
     if (FIXED || piecewise) {
-        // Each warp has one item. The CTA's warps of an item, from `low` to `high`, merge their partial results.
+        // Each warp has one item. The CTA's warps of an item, from `low` to `high`, merge their partial results. If these are all,
+        // those of the gap behind them help.
         const int first_warp = covering[warp].x, last_warp = covering[warp].y;
-        const bool any = busy[warp];
         const int low = max(first_warp - cta_warp, 0), high = min(last_warp - cta_warp, WARPS - 1), members = high - low + 1;
         const bool inside = first_warp >= cta_warp && last_warp < cta_warp + WARPS, begun = first_warp < cta_warp;
+        const int helpers = inside ? min(sharing[warp], WARPS - low) : members;
+        const bool any = sharing[warp] && warp - low < helpers;
         float* const target = inside ? (float*)(shared + low * SLICE) + PARTIAL
                                      : P.scratch + ((i64)cta_slot * SLOTS + (FIXED || begun ? 0 : 1)) * PARTIAL;
         float* const slices = (float*)(shared + low * SLICE);
         if (any) {
             const Chain chain = {slices, slices + (members - 1) * (SLICE / 4), slices, SLICE / 4, members};
 #pragma unroll 1
-            for (int quad = warp - low; quad < 4 * NB; quad += members) merge(chain, 0, 1, target, inside, quad, lane);
+            for (int quad = warp - low; quad < 4 * NB; quad += helpers) merge(chain, 0, 1, target, inside, quad, lane);
         }
         __syncthreads();
         if (any && inside) {
 #pragma unroll 1
-            for (int r = warp - low; r < ROWS; r += members) finish(P, target, item.x, item.y, r, lane);
+            for (int r = warp - low; r < ROWS; r += helpers) finish(P, target, item.x, item.y, r, lane);
         } else if (any && warp == low && lane == 0) {
             pending[!begun] = 1, whole[!begun] = make_int4(item.x, item.y, first_warp, last_warp);
         }

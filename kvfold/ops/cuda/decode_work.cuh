@@ -117,14 +117,16 @@ __device__ __forceinline__ u32 units_of(const Deal& d, u32 steps) {
     return d.piece ? max(quotient(steps + d.piece - 1, d.inverse), (u32)((float)steps * d.spread)) : steps;
 }
 
-// How many places an item has in the line: a warp each, or a step. With gaps they are divisors or multiples of a CTA's warps.
+// How many places an item has in the line: a warp each, or a step. With gaps a divisor of a CTA's warps, four at least, for as
+// many share what is to be done at an item's end; too many if the item does not fit into a CTA.
 __device__ __forceinline__ u32 places_of(const Deal& d, u32 steps) {
-    static_assert(WARPS == 16 || WARPS == 12, "which numbers divide it?");
     const u32 units = units_of(d, steps);
-    if (!d.gaps || units < 3) return units;
-    if (units > WARPS) return (units + WARPS - 1) / WARPS * WARPS;
-    if (WARPS == 12) return units > 6 ? 12 : units == 5 ? 6 : units;
-    return 1 << 32 - __clz(units - 1);
+    if (!d.gaps || units == 0) return units;
+    if (units > WARPS) return gridDim.x * WARPS;
+#pragma unroll
+    for (u32 n = 4; n < WARPS; n++)
+        if (WARPS % n == 0 && units <= n) return n;
+    return WARPS;
 }
 
 // Of all items.
@@ -135,25 +137,36 @@ __device__ __forceinline__ u32 sum_places(const Params& P, const Deal& d, int fi
     return __reduce_add_sync(~0u, sum) * (P.heads * P.row_blocks);
 }
 
-// Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower. Short ones are
-// as few as possible, so that an item is few CTAs, and if there are warps to spare none begins in one CTA that could lie in the
-// next; of long ones each warp has one if lengths allow, so that all SMs read.
+// Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower. Of long ones each
+// warp has one if lengths allow, so that all SMs read. Of short ones there are as few as possible, so that an item is few CTAs;
+// and if half of the SMs are enough for it, perhaps with a step more, each item is in one CTA, with gaps between them.
 __device__ __forceinline__ Deal deal(const Params& P, int first, int lane) {
     const u32 all = gridDim.x * WARPS;
     Deal d = {0, 0, all, 0.f, 0.f, false};
     d.total = sum_places(P, d, first, lane);
     const u32 least = max((u32)__umul64hi((u64)d.total + all - 1, P.warps_inverse), 1u);
     if (least > P.largest_piece || d.total >> 20 >= P.heads * P.row_blocks) return d; // quotients would not be exact
+    if (least <= SHORT_PIECE) {
+        d.gaps = true;
+#pragma unroll 1
+        for (u32 piece = least; piece <= least + 1; piece++) {
+            d.piece = piece, d.inverse = reciprocal_of(piece);
+            d.warps = sum_places(P, d, first, lane);
+            if (2 * d.warps <= all) return d;
+        }
+        d.gaps = false;
+    }
 #pragma unroll 1
     for (u32 piece = least; piece <= least + max(2u, least / SLACK); piece++) {
         d.piece = piece, d.inverse = reciprocal_of(piece);
         d.warps = sum_places(P, d, first, lane);
         if (d.warps > all) continue;
-        if (piece >= LONG_PIECE) d.spread = 1.00001f * all / d.total; // above the quotient, so that whole numbers stay whole
-        else d.gaps = true;
-        const u32 wanted = sum_places(P, d, first, lane);
-        if (wanted <= all) d.warps = wanted;
-        else d.spread = 0.f, d.gaps = false;
+        if (piece >= LONG_PIECE) {
+            d.spread = 1.00001f * all / d.total; // above the quotient, so that whole numbers stay whole
+            const u32 spread = sum_places(P, d, first, lane);
+            if (spread <= all) d.warps = spread;
+            else d.spread = 0.f;
+        }
         return d;
     }
     d.piece = 0, d.warps = all;
