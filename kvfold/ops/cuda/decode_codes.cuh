@@ -12,8 +12,8 @@ struct Lane {
     u32 scale_order, word_order; // selectors: of the first token's scale in a pair, of the weights' operand
     u32 minus_one, low_nibbles;
     // of trellises: 0 where nothing is before a word of path bits, where that lies in V, and masks as `select` wants them: of
-    // the lower two bits of nibbles, of all bits but the lowest, and the lowest two, of bytes
-    u32 k_carry, v_carry, v_before, low_pairs, but_one, but_two;
+    // the lower two bits of nibbles, of all bits but the lowest, and the lowest two, of nibbles, and of every other bit
+    u32 k_carry, v_carry, v_before, low_pairs, but_one, but_two, even_bits;
 };
 
 __device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
@@ -40,8 +40,9 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
 #endif
     L.k_carry = KTRELLIS ? pin(i ? ~0u : 0, lane) : 0;
     L.low_pairs = KTRELLIS || VTRELLIS ? pin(0x33333333u + zero, lane) : 0;
-    L.but_one = VTRELLIS ? pin(0xfefefefeu + zero, lane) : 0;
-    L.but_two = VTRELLIS ? pin(0xfcfcfcfcu + zero, lane) : 0;
+    L.but_one = VTRELLIS ? pin(0xeeeeeeeeu + zero, lane) : 0;
+    L.but_two = VTRELLIS ? pin(0xccccccccu + zero, lane) : 0;
+    L.even_bits = (KTRELLIS && KBITS == 2) || (VTRELLIS && VBITS == 2) ? pin(0x55555555u + zero, lane) : 0;
     L.scale_order = pin(swapped(lane) ? 0x3244u : 0x1044u, lane);
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
     L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
@@ -57,7 +58,7 @@ template <int BITS>
 __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4],
                                      u32 (&negative)[4]) {
     if (BITS == 2) {
-        const u32 r_even = low & 0x55555555u, r_odd = low & 0xaaaaaaaau;
+        const u32 r_even = low & L.even_bits, r_odd = low ^ r_even;
         w[0] = select(even, r_even << 2, L.low_pairs);
         w[1] = select(odd, r_odd << 1, L.low_pairs);
         w[2] = select(even >> 2, r_even, L.low_pairs);
@@ -136,12 +137,12 @@ __device__ __forceinline__ void interleave(u32 x, u32 y, u32 mask, u32& low, u32
     high = select(x >> 4, y, mask);
 }
 
-// Bytes of four tokens, shifted up as strings: `before` has the bytes before theirs.
-__device__ __forceinline__ u32 one_up(const Lane& L, u32 before, u32 bytes) {
-    return select(bytes << 1, before >> 7, L.but_one);
+// Nibbles of eight tokens, shifted up as strings: `before` has the nibbles before theirs.
+__device__ __forceinline__ u32 one_up(const Lane& L, u32 before, u32 nibbles) {
+    return select(nibbles << 1, before >> 3, L.but_one);
 }
-__device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 bytes) {
-    return select(bytes << 2, before >> 6, L.but_two);
+__device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 nibbles) {
+    return select(nibbles << 2, before >> 2, L.but_two);
 }
 
 // Calls `use(j, e, f, e_negative, f_negative)` for each of the eight products of a step: the codes of eight tokens, of the
@@ -151,17 +152,13 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, c
 #if VTRELLIS
     // A lane has bytes 2 (g & 1) and 2 (g & 1) + 1 of word g / 2 of the planes of 1 bit, with four rows in each nibble, and of
     // both words that a plane of 2 bits has for these: coordinates 32 (g / 2) + 4 (g & 1) + 2 byte + nibble + 8 row.
-    u32 even[2][2], odd[2][2], low[2][2], high[2][2], top[2][2]; // [tile][byte]
+    u32 path[2][2], low[2][2], high[2][2], top[2][2], last[2]; // [tile][byte]; of the byte before the first
 #pragma unroll
     for (int a = 0; a < 2; a++) {
         const u32 tile = tiles + a * TILE_STRIDE;
         const uint2 u = load_8(tile + (V_PATH - V_CODES) + L.v_top);
-        const u32 before = load_4(tile + L.v_before) & L.v_carry;
-        u32 down;
-        path_bits(u.x, two_up(L, before, u.x), odd[a][0], down);
-        even[a][0] = one_up(L, before, down);
-        path_bits(u.y, two_up(L, u.x, u.y), odd[a][1], down);
-        even[a][1] = one_up(L, u.x, down);
+        path[a][0] = u.x, path[a][1] = u.y;
+        last[a] = load_4(tile + L.v_before);
         const uint2 r = load_8(tile + (VBITS == 2 ? L.v_top : L.v));
         low[a][0] = r.x, low[a][1] = r.y;
         if (VBITS > 2) {
@@ -173,18 +170,21 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, c
             top[a][0] = t.x, top[a][1] = t.y;
         }
     }
+    u32 before = select(last[0] >> 4, last[1], L.low_nibbles) & L.v_carry;
 #pragma unroll
     for (int byte = 0; byte < 2; byte++) {
-        u32 e[2], o[2], l[2], h[2] = {0, 0}, t[2] = {0, 0}; // by nibble of the byte
-        interleave(even[0][byte], even[1][byte], L.low_nibbles, e[0], e[1]);
-        interleave(odd[0][byte], odd[1][byte], L.low_nibbles, o[0], o[1]);
+        u32 u[2], l[2], h[2] = {0, 0}, t[2] = {0, 0}; // by nibble of the byte
+        interleave(path[0][byte], path[1][byte], L.low_nibbles, u[0], u[1]);
         interleave(low[0][byte], low[1][byte], L.low_nibbles, l[0], l[1]);
         if (VBITS > 2) interleave(high[0][byte], high[1][byte], L.low_nibbles, h[0], h[1]);
         if (VBITS == 4) interleave(top[0][byte], top[1][byte], L.low_nibbles, t[0], t[1]);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            u32 w[4], negative[4] = {0, 0, 0, 0};
-            join<VBITS>(L, e[n], o[n], l[n], h[n], t[n], w, negative);
+            u32 even, odd, down, w[4], negative[4] = {0, 0, 0, 0};
+            path_bits(u[n], two_up(L, before, u[n]), odd, down);
+            even = one_up(L, before, down);
+            before = u[n];
+            join<VBITS>(L, even, odd, l[n], h[n], t[n], w, negative);
             use(2 * byte + n, w[0], w[1], negative[0], negative[1]);
             use(4 + 2 * byte + n, w[2], w[3], negative[2], negative[3]);
         }
