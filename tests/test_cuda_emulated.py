@@ -235,17 +235,22 @@ def test_batches_of_next_to_nothing(lengths: tuple[int, ...], device: EmulatedDe
 
 @pytest.mark.parametrize("group", [4, 8])
 @pytest.mark.parametrize(
-    "lengths", [(138,) * 3, (20,) * 4, (70, 32, 150, 290), (530,), (96, 0, 352, 65), (1, 0, 600)], ids=str
-)
-def test_warps_to_spare(lengths: tuple[int, ...], group: int) -> None:
+    ("lengths", "heads"),
+    [
+        ((138,) * 3, 2), ((20,) * 4, 2), ((70, 32, 150, 290), 2), ((530,), 2), ((96, 0, 352, 65), 2), ((1, 0, 600), 1),
+        ((20, 20, 300), 1), ((20,) * 5 + (300,), 3), ((0,) * 30 + (3, 0, 40, 70), 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_warps_to_spare(lengths: tuple[int, ...], heads: int, group: int) -> None:
     """Items of a step and of many, each in one block, with gaps behind them whose warps help at the end."""
     with emulated_device(multiprocessors=12) as device, ops.backend("cuda"):
-        cache = stored(lengths, heads=2)
+        cache = stored(lengths, heads=heads)
         q = queries(cache, group)
         want = check(cache, q)
         for schedule in SCHEDULES[3:5]:
             device.schedule = schedule
-            assert same(attend(cache, q), want)
+            assert same(attend(cache, q, inputs_ready=True), want)
 
 
 def test_one_long_sequence_among_short_ones(device: EmulatedDevice) -> None:

@@ -90,7 +90,6 @@ inline float __fadd_ru(float a, float b) {
     return near < exact ? nextafterf(near, INFINITY) : near;
 }
 inline float __frcp_rn(float a) { return 1.f / a; }
-inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }

@@ -30,8 +30,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __shared__ int ends[WARPS]; // whether [0] is the end of its item
 #endif
     __shared__ int4 reading[WARPS]; // the items that warps attend to
-    __shared__ int2 covering[WARPS]; // the first and last warps that have to do with these, if warps do not change
-    __shared__ int sharing[WARPS];   // how many warps from the first one on are theirs, with a gap behind the last
+    __shared__ int2 covering[WARPS]; // the first and last warps that have steps of these, if warps do not change
+    __shared__ int sharing[WARPS];   // how many warps these have from the first one on, the gap included; 0: there is none
     __shared__ int busy[WARPS]; // whether a warp has steps
     __shared__ Copies copying[WARPS];
     __shared__ int pending[2]; // what this CTA is the last to bring to an item, and the item
@@ -94,44 +94,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     u32 item_begin = 0; // the item's place in the line
     idle = blockIdx.x * WARPS >= plan.warps;
     if (mine < plan.warps) {
-        const u32 items_each = P.heads * P.row_blocks; // of a sequence
         u32 place = mine;
         if (!plan.piece) {
             place = (u32)__umul64hi((u64)plan.total * mine, P.warps_inverse);
             copies = (u32)__umul64hi((u64)plan.total * (mine + 1), P.warps_inverse) - place;
         }
-        u32 before = 0, places = 0;
-        const u32 wanted = plan.piece ? quotient(mine, reciprocal_of(items_each)) : place / items_each;
+        u32 before = 0;
 #pragma unroll 1
-        for (int base = 0; base < P.batch; base += 32) { // the first sequence whose sum of steps, or pieces, exceeds `wanted`
+        for (int base = 0; base < P.batch; base += 32) { // the first sequence that ends beyond this place
             const Span s = base == 0 ? first32 : base + lane < P.batch ? span(P, base + lane) : Span{0, 0};
-            const u32 own = places_of(plan, s.count);
+            const u32 own = line_of(P, plan, s.count);
             u32 upto = own;
 #pragma unroll
             for (int k = 1; k < 32; k <<= 1) {
                 const u32 y = __shfl_up_sync(~0u, upto, k);
                 if (lane >= k) upto += y;
             }
-            const u32 beyond = __ballot_sync(~0u, before + upto > wanted);
+            const u32 beyond = __ballot_sync(~0u, before + upto > place);
             if (beyond) {
                 const int at = __ffs(beyond) - 1;
                 item.x = base + at;
                 item.z = __shfl_sync(~0u, s.begin, at), item.w = __shfl_sync(~0u, s.count, at);
-                places = __shfl_sync(~0u, own, at);
-                before += __shfl_sync(~0u, upto, at) - places;
+                before += __shfl_sync(~0u, upto - own, at);
                 break;
             }
             before += __shfl_sync(~0u, upto, 31);
         }
-        const u32 past = place - before * items_each;
+        const u32 past = place - before, places = places_of(plan, item.w);
         item.y = plan.piece ? quotient(past, reciprocal_of(places)) : past / places;
         begin = past - item.y * places;
         if (plan.piece) { // the pieces' sizes differ by one at most; in a gap there is none
             const u32 units = units_of(plan, item.w), piece = begin;
             const u32 size = quotient(item.w, reciprocal_of(units)), longer = item.w - size * units;
-            begin = size * piece + min(piece, longer), copies = piece < units ? size + (piece < longer) : 0;
+            const bool any = item.y < P.heads * P.row_blocks; // or the gap is the sequence's
+            begin = size * piece + min(piece, longer), copies = any && piece < units ? size + (piece < longer) : 0;
             first_warp = mine - piece, last_warp = first_warp + units - 1;
-            if (lane == 0) sharing[warp] = places;
+            if (lane == 0) sharing[warp] = any ? places : 0;
         } else {
             item_begin = place - begin;
         }
@@ -273,14 +271,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         save(S, (float*)slice, lane);
 #else
         const bool begins = begin == 0, finished = begin + steps == item.w;
-        float* const places = P.scratch + ((i64)gridDim.x * SLOTS + ((i64)cta_slot * WARPS + warp) * PLACES) * PARTIAL;
+        float* const kept = P.scratch + ((i64)gridDim.x * SLOTS + ((i64)cta_slot * WARPS + warp) * PLACES) * PARTIAL;
         // the ring is still in use if there is more to come: one place for what is kept, others for what is finished at once
-        float* const place = left ? places + (begins && finished) * PARTIAL : (float*)slice;
+        float* const place = left ? kept + (begins && finished) * PARTIAL : (float*)slice;
         save(S, place, lane);
         if (piecewise) break;
         __syncwarp();
         if (begins && finished) {
-            float* const rows = left ? places + 2 * PARTIAL : (float*)slice + PARTIAL;
+            float* const rows = left ? kept + 2 * PARTIAL : (float*)slice + PARTIAL;
 #pragma unroll 1
             for (int quad = 0; quad < 4 * NB; quad++) merge({place, nullptr, nullptr, 0, 1}, 0, 1, rows, true, quad, lane);
             __syncwarp();
@@ -313,26 +311,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 
     const int cta_warp = cta_slot * WARPS; // the first one of this CTA in the grid
     if (FIXED || piecewise) {
-        // Each warp has one item. The CTA's warps of an item, from `low` to `high`, merge their partial results. If these are all,
-        // those of the gap behind them help.
+        // No warp has more than one item. The CTA's warps of an item, from `low` to `high`, merge their partial results. If it has
+        // none in other CTAs, the warps of the gap behind it help; they know the item too.
         const int first_warp = covering[warp].x, last_warp = covering[warp].y;
         const int low = max(first_warp - cta_warp, 0), high = min(last_warp - cta_warp, WARPS - 1), members = high - low + 1;
         const bool inside = first_warp >= cta_warp && last_warp < cta_warp + WARPS, begun = first_warp < cta_warp;
         const int helpers = inside ? min(sharing[warp], WARPS - low) : members;
-        const bool any = sharing[warp] && warp - low < helpers;
+        const bool helps = sharing[warp] && warp - low < helpers;
         float* const target = inside ? (float*)(shared + low * SLICE) + PARTIAL
                                      : P.scratch + ((i64)cta_slot * SLOTS + (FIXED || begun ? 0 : 1)) * PARTIAL;
         float* const slices = (float*)(shared + low * SLICE);
-        if (any) {
+        if (helps) {
             const Chain chain = {slices, slices + (members - 1) * (SLICE / 4), slices, SLICE / 4, members};
 #pragma unroll 1
             for (int quad = warp - low; quad < 4 * NB; quad += helpers) merge(chain, 0, 1, target, inside, quad, lane);
         }
         __syncthreads();
-        if (any && inside) {
+        if (helps && inside) {
 #pragma unroll 1
             for (int r = warp - low; r < ROWS; r += helpers) finish(P, target, item.x, item.y, r, lane);
-        } else if (any && warp == low && lane == 0) {
+        } else if (helps && warp == low && lane == 0) {
             pending[!begun] = 1, whole[!begun] = make_int4(item.x, item.y, first_warp, last_warp);
         }
     }

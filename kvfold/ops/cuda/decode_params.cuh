@@ -31,7 +31,6 @@
 #define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
 #define SLACK 32 // pieces may be longer than equal stretches by one part in so many
 #define LONG_PIECE 12 // steps
-#define SHORT_PIECE 1 // up to which an item had better be in one CTA
 #define CHECKED 256 // steps after which integer sums may be too large
 #define NOTHING -1e30f
 

@@ -103,10 +103,10 @@ __device__ __forceinline__ u64 tiles_at(u64 source) { return MEAN && PAGE == 64 
 struct Deal {
     u32 total; // steps of all items
     u32 piece; // 0: each warp gets an equal stretch of the line. Else each item is cut into pieces of at most so many steps
-    u32 warps; // that have work, the first ones; with gaps, not all of these
+    u32 warps; // that have a place in the line, the first ones; in gaps without work
     float inverse; // of piece
     float spread;  // 0, or pieces of a step, if more and shorter pieces than needed are wanted
-    bool gaps;     // whether warps are left without work, so that items lie in as few CTAs as possible
+    bool gaps;     // whether warps behind an item are left without work, so that no item lies in two CTAs
 };
 
 // n / divisor, rounded down; exact for n below 2^20.
@@ -118,7 +118,7 @@ __device__ __forceinline__ u32 units_of(const Deal& d, u32 steps) {
 }
 
 // How many places an item has in the line: a warp each, or a step. With gaps a divisor of a CTA's warps, four at least, for as
-// many share what is to be done at an item's end; too many if the item does not fit into a CTA.
+// many share what is to be done at an item's end; if the item does not fit into a CTA so many that deal() refuses gaps.
 __device__ __forceinline__ u32 places_of(const Deal& d, u32 steps) {
     const u32 units = units_of(d, steps);
     if (!d.gaps || units == 0) return units;
@@ -129,27 +129,33 @@ __device__ __forceinline__ u32 places_of(const Deal& d, u32 steps) {
     return WARPS;
 }
 
-// Of all items.
+// And a sequence: those of its items, with gaps up to the end of a CTA, so that the next one's items lie in CTAs of their own.
+__device__ __forceinline__ u32 line_of(const Params& P, const Deal& d, u32 steps) {
+    const u32 places = places_of(d, steps) * (P.heads * P.row_blocks);
+    return d.gaps ? (places + WARPS - 1) / WARPS * WARPS : places;
+}
+
+// Of all sequences.
 __device__ __forceinline__ u32 sum_places(const Params& P, const Deal& d, int first, int lane) {
-    u32 sum = places_of(d, first);
+    u32 sum = line_of(P, d, first);
 #pragma unroll 1
-    for (int b = 32 + lane; b < P.batch; b += 32) sum += places_of(d, span(P, b).count);
-    return __reduce_add_sync(~0u, sum) * (P.heads * P.row_blocks);
+    for (int b = 32 + lane; b < P.batch; b += 32) sum += line_of(P, d, span(P, b).count);
+    return __reduce_add_sync(~0u, sum);
 }
 
 // Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower. Of long ones each
 // warp has one if lengths allow, so that all SMs read. Of short ones there are as few as possible, so that an item is few CTAs;
-// and if half of the SMs are enough for it, perhaps with a step more, each item is in one CTA, with gaps between them.
+// and if half of the SMs are enough for it, with one step a warp or two, each item is in one CTA, with gaps between them.
 __device__ __forceinline__ Deal deal(const Params& P, int first, int lane) {
     const u32 all = gridDim.x * WARPS;
     Deal d = {0, 0, all, 0.f, 0.f, false};
     d.total = sum_places(P, d, first, lane);
     const u32 least = max((u32)__umul64hi((u64)d.total + all - 1, P.warps_inverse), 1u);
     if (least > P.largest_piece || d.total >> 20 >= P.heads * P.row_blocks) return d; // quotients would not be exact
-    if (least <= SHORT_PIECE) {
+    if (least == 1) {
         d.gaps = true;
 #pragma unroll 1
-        for (u32 piece = least; piece <= least + 1; piece++) {
+        for (u32 piece = 1; piece <= 2; piece++) {
             d.piece = piece, d.inverse = reciprocal_of(piece);
             d.warps = sum_places(P, d, first, lane);
             if (2 * d.warps <= all) return d;
