@@ -94,15 +94,19 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         yield name
 
 
+CASES = (
+    ("k4v4", BF16, 2, 2, 1.0, 1.0), ("k3v2", F16, 1, 4, 1.0, 1.0), ("k4v4", BF16, 2, 2, 1e10, 1e-8),
+    ("k2v3", BF16, 1, 1, 1e-6, 1e12), ("k3v4+mean", BF16, 2, 2, 1.0, 1.0), ("k4v2+mean", F16, 1, 4, 1e3, 1.0),
+    ("k4tv2t", F16, 1, 2, 1.0, 1.0), ("k2tv3t+mean", BF16, 2, 1, 1e-3, 1e3),
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("chunk", ["exact", "packed"])
 @pytest.mark.parametrize(
-    ("spec", "dtype", "heads", "group", "k_size", "v_size"),
-    [
-        ("k4v4", BF16, 2, 2, 1.0, 1.0), ("k3v2", F16, 1, 4, 1.0, 1.0), ("k4v4", BF16, 2, 2, 1e10, 1e-8),
-        ("k2v3", BF16, 1, 1, 1e-6, 1e12), ("k3v4+mean", BF16, 2, 2, 1.0, 1.0), ("k4v2+mean", F16, 1, 4, 1e3, 1.0),
-        ("k4tv2t", F16, 1, 2, 1.0, 1.0), ("k2tv3t+mean", BF16, 2, 1, 1e-3, 1e3),
-    ],
-)  # fmt: skip
+    ("engine", "spec", "dtype", "heads", "group", "k_size", "v_size"),
+    [*((name, *case) for name in ("cudnn", "fa3") for case in CASES), ("fa3 that allocates", *CASES[0])],
+    indirect=["engine"],
+)
 def test_prefill(
     spec: str, dtype: torch.dtype, heads: int, group: int, k_size: float, v_size: float, chunk: str, engine: str,
     device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch,
