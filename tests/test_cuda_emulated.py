@@ -154,7 +154,7 @@ def test_python_and_cuda_agree_on_structures(device: EmulatedDevice) -> None:
     ],
 )  # fmt: skip
 def test_formats(spec: str, page_size: int, group: int, dtype: torch.dtype, device: EmulatedDevice) -> None:
-    cache = stored((0, 1, 15, 16, 31, 32, 33, 64, 48, 500), spec, page_size, heads=3)
+    cache = stored((0, 1, 15, 16, 31, 32, 33, 64, 48, 300), spec, page_size, heads=2)
     check(cache, queries(cache, group, dtype=dtype))
 
 
