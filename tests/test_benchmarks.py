@@ -181,3 +181,17 @@ def test_heads_of_zeros_change_nothing(tmp_path: Path) -> None:
     assert torch.allclose(more(ids).logits, model(ids).logits, atol=1e-6)
     assert script("whole_heads").with_whole_heads(made, tmp_path / "other", 2) == made
     assert not (tmp_path / "other").exists()
+
+
+def test_parts_of_the_decode_kernel_can_be_left_out() -> None:
+    limits = script("decode_limits")
+    source = (FOLDER.parent / "kvfold" / "ops" / "cuda" / "decode.cu").read_text(encoding="utf-8")
+    texts = {name: limits.changed(source, variant) for name, variant in limits.VARIANTS.items()}
+    assert len(set(texts.values())) == 4
+    assert texts["kernel"] == f"#define LAST_COPY copies\n{source}"
+    assert "step<" not in texts["reading"]
+    assert texts["reading"].count("barrier_wait(") == source.count("barrier_wait(")
+    assert texts["arithmetic"].count("step<") == source.count("step<")
+    assert "barrier_wait(" not in texts["frame"]
+    with pytest.raises(ValueError, match=r"decode\.cu has .* 0 times and not 2"):
+        limits.changed("", limits.VARIANTS["reading"])

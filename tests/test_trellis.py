@@ -98,14 +98,20 @@ def order_of(head_size: int) -> list[int | None]:
 
 
 def level_indices(codes: list[int], bits: int) -> list[int]:
-    """Of each coordinate ``4 r + 2 (u_t xor u_{t-2}) + u_{t-1}``."""
+    """Of each coordinate ``4 r + 2 (u_t xor u_{t-2}) + u_{t-1}``.
+
+    Where the highest bit of r is 0, a code has the complements of the others.
+    """
     order = order_of(len(codes))
     u = [0 if e is None else codes[e] >> (bits - 1) for e in order]
     indices = [-1] * len(codes)
     for t, e in enumerate(order):
         if e is not None:
             one, two = u[t - 1] if t >= 1 else 0, u[t - 2] if t >= 2 else 0
-            indices[e] = 4 * (codes[e] & (2 ** (bits - 1) - 1)) + 2 * (u[t] ^ two) + one
+            r = codes[e] & (2 ** (bits - 1) - 1)
+            if not r >> (bits - 2):
+                r = 2 ** (bits - 2) - 1 - r
+            indices[e] = 4 * r + 2 * (u[t] ^ two) + one
     return indices
 
 
@@ -142,6 +148,15 @@ def test_the_first_and_the_last_code_by_hand() -> None:
     want[16] = levels[1]  # t = 2, u_{t-1} = 1
     want[24] = levels[2]  # t = 3, u_{t-2} = 1
     np.testing.assert_allclose(decoded[1], want)
+
+
+@pytest.mark.parametrize(("bits", "refine"), [(2, [0, 1]), (3, [1, 0, 2, 3]), (4, [3, 2, 1, 0, 4, 5, 6, 7])], ids=str)
+def test_refine_bits_are_sign_and_magnitude(bits: int, refine: list[int]) -> None:
+    assert trellis.stored_refine(torch.arange(2 ** (bits - 1)), bits).tolist() == refine
+    levels = trellis_levels(bits).levels
+    codes = torch.arange(2 ** (bits - 1), dtype=torch.uint8)[:, None].expand(-1, 8)  # with all u = 0
+    decoded = codecs.decode(codes, torch.ones(len(codes)).bfloat16(), side(bits))
+    np.testing.assert_allclose(decoded[:, 0].numpy(), levels[4 * np.array(refine)], rtol=1e-6)
 
 
 # --- the encoder: no path is better -----------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """Trellis-coded quantisation with 4 states (Marcellin and Fischer 1990; Ungerboeck's partition): k bits per coordinate.
 
 There are 2^(k+1) levels, twice as many as k bits can name, in four interleaved subsets; which two of the subsets a
-coordinate may use depends on the two coordinates before it. A code has k - 1 refine bits r and, highest, a path bit u:
+coordinate may use depends on the two coordinates before it. k - 1 refine bits r and a path bit u say which level it is:
 
     index of the level, ascending = 4 r + 2 (u_t xor u_{t-2}) + u_{t-1},    u_{-1} = u_{-2} = 0
 
 so decoding reads the path bits of two neighbours and no more: no state is carried along. The encoder finds the path of
 least squared error by Viterbi's algorithm.
+
+A code is r in sign and magnitude (:func:`stored_refine`) and, highest, u. The index of a negative level's magnitude is
+the complement of its own, and stored like this r has been complemented: only the path's two bits are left.
 
 **The order of coordinates** t is that of the bits in the path bits' plane (kvfold/layout.py): words of 32 coordinates,
 coordinate e at bit ``4 (e % 8) + e // 8 % 4``. So u_{t-1} and u_{t-2} of a whole word are the word shifted by one and
@@ -48,6 +51,19 @@ def tables(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]
     return levels, ((subsets[:, 1:] + subsets[:, :-1]) / 2).contiguous()
 
 
+def stored_refine(r: torch.Tensor, bits: int) -> torch.Tensor:
+    """Refine bits as codes have them: those below the highest are complemented where it is clear. Its own inverse."""
+    positive = 2 ** (bits - 2)
+    return torch.where(r < positive, positive - 1 - r, r)
+
+
+@lru_cache(maxsize=64)
+def stored_levels(bits: int, device: torch.device) -> torch.Tensor:
+    """Levels ``[2^(bits+1)]`` by the refine bits as they are stored, above the path's two bits."""
+    levels = tables(bits, device)[0]
+    return levels.view(-1, STATES)[stored_refine(torch.arange(2 ** (bits - 1), device=device), bits)].flatten()
+
+
 def encode(y: torch.Tensor, side: Side) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotated vectors ``[..., d]`` to codes and scales; see :func:`kvfold.codecs.encode`."""
     return scaling.encode(y, side, partial(_best_paths, bits=int(side.bits)))
@@ -67,6 +83,7 @@ def _best_path(z: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     # the best level of each subset, for every coordinate
     refine = torch.stack([torch.bucketize(z.contiguous(), thresholds[s]) for s in range(STATES)], dim=-1)
     level = table[STATES * refine + subset]
+    stored = stored_refine(refine, bits)
     error = (z[..., None] - level).square()
 
     order = positions(z.shape[-1])
@@ -95,7 +112,7 @@ def _best_path(z: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         if (coordinate := order[t]) >= 0:
             chosen = 2 * (path ^ two_before) + before
             levels[:, coordinate] = level[rows, coordinate, chosen]
-            codes[:, coordinate] = (refine[rows, coordinate, chosen] | path << (bits - 1)).to(torch.uint8)
+            codes[:, coordinate] = (stored[rows, coordinate, chosen] | path << (bits - 1)).to(torch.uint8)
         state = 2 * before + two_before
     return codes, levels
 
@@ -109,5 +126,5 @@ def decode(codes: torch.Tensor, scale: torch.Tensor, side: Side) -> torch.Tensor
     two = torch.nn.functional.pad(path, (2, 0))[..., :-2]
     subset = torch.empty(codes.shape, dtype=torch.int64, device=codes.device)
     subset[..., order[order >= 0]] = (2 * (path ^ two) + one)[..., order >= 0]
-    refine = (codes & (2 ** (bits - 1) - 1)).long()
-    return tables(bits, codes.device)[0][STATES * refine + subset] * scale.float().unsqueeze(-1)
+    stored = (codes & (2 ** (bits - 1) - 1)).long()
+    return stored_levels(bits, codes.device)[STATES * stored + subset] * scale.float().unsqueeze(-1)

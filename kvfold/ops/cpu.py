@@ -59,7 +59,7 @@ def _side_tensors(layout: PageLayout, is_value: bool, stored: bool) -> list[int 
         spread = (layout.tile_bytes, layout.tile_bytes + TILE * path_bytes)
         widths, offsets = (1, 1, *widths[:-1]), (*spread, *offsets[:-1])
         row_bytes, low = (path_bytes, path_bytes, *row_bytes[:-1]), 3
-    levels = _levels(side, head_size)
+    levels = _levels(side, head_size, stored)
     pairs = torch.empty(0)
     if len(levels) <= 16:
         codes = torch.arange(256)
@@ -91,9 +91,10 @@ def _side(layout: PageLayout, is_value: bool, stored: bool = False) -> list[int]
     return _kept_side(layout, is_value, stored)[0]
 
 
-def _levels(side: Side, head_size: int) -> torch.Tensor:
+def _levels(side: Side, head_size: int, stored: bool) -> torch.Tensor:
     if side.family == "trellis":
-        return trellis.tables(int(side.bits), torch.device("cpu"))[0]
+        bits, device = int(side.bits), torch.device("cpu")
+        return trellis.tables(bits, device)[0] if stored else trellis.stored_levels(bits, device)
     if side.rotated:
         return lloyd.tables(int(side.bits), head_size, torch.device("cpu"))[0]
     return decode_fp8(torch.arange(256, dtype=torch.uint8), None, side)

@@ -35,7 +35,7 @@ widths, offsets, row_bytes  [planes] bits, place in the tile, bytes of a token's
 scale_offset                in the tile; -1 if the side stores none
 interleaved                 whether rows are interleaved by four tokens
 low_planes                  planes that share the low nibble of a code; the others make the high one
-levels                      float32, by code
+levels                      float32, by code; to store a trellis by index, ascending
 pair_levels                 [256] two float32 levels in a float64, by two codes in a byte; empty above 4 bits
 path                        of a trellis: place of the path bits' plane; -1 for others
 path_words                  words of a token's row there
@@ -198,6 +198,9 @@ def _best_path(z, codes, chosen, levels, thresholds, bits, order, steps):  # typ
             codes[i] = r | path << (bits - 1)
             chosen[i] = levels[4 * r + subset]
         state = 2 * before + two_before
+    positive = np.uint8(1 << (bits - 2))
+    for i in range(d):  # refine bits as they are stored
+        codes[i] ^= np.uint8(0) if codes[i] & positive else np.uint8(positive - 1)
 
 
 @njit(**_OPTIONS)

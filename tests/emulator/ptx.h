@@ -63,6 +63,7 @@ inline void prmt_b32(u32& d, u32 a, u32 b, u32 selectors) {  // a selector's top
     }
     d = r;
 }
+inline void shr_u32(u32& d, u32 a, u32 n) { d = n < 32 ? a >> n : 0; }
 inline void mad_lo_u32(u32& d, u32 a, u32 b, u32 c) { d = a * b + c; }
 inline void dp2a_lo_u32_u32(u32& d, u32 a, u32 b, u32 c) { d = c + (a & 0xFFFFu) * (b & 255u) + (a >> 16) * (b >> 8 & 255u); }
 inline void lop3_b32(u32& d, u32 a, u32 b, u32 c, u32 table) {
@@ -176,6 +177,10 @@ inline void movmatrix_sync_aligned_m8n8_trans_b16(u32& d, u32 a) {
 // --- memory -----------------------------------------------------------------------------------------------------------
 
 inline void ld_shared_u32(u32& d, u32 address) { memcpy(&d, host::shared_at(address, 4, 4, "a load"), 4); }
+inline void ld_shared_u16(u32& d, u32 address) {
+    unsigned short x;
+    memcpy(&x, host::shared_at(address, 2, 2, "a load"), 2), d = x;
+}
 inline void ld_shared_v2_u32(u32& d0, u32& d1, u32 address) {
     const u32* from = (const u32*)host::shared_at(address, 8, 8, "a load");
     d0 = from[0], d1 = from[1];

@@ -30,6 +30,7 @@ _LARGEST_PIECE = 4096  # steps up to which items are cut so that no warp changes
 _PLACES = 3  # for partial results of a warp in scratch
 _SPLITS = 16  # of a sequence in batch-invariant mode
 _INVARIANT_SCRATCH = 32 * 2**20
+_WORDS = ("T0", "T1", "U0", "U1", "TR0", "TR1", "UR0", "UR1")  # macros of the codebooks' tables
 _STREAMS = 64  # with scratch of their own, per device
 _MAX_COUNTERS = 16384
 
@@ -63,31 +64,51 @@ def _words(values: list[int]) -> list[str]:
     return [f"0x{int.from_bytes(bytes(v & 255 for v in values[j : j + 4]), 'little'):08x}u" for j in (0, 4)]
 
 
-def look_up(side: Side) -> tuple[list[str], list[str]]:
-    """The byte tables of a codebook, two words each.
+def _two_tables(numbers: list[int]) -> list[str]:
+    """The tables, two words each, of two look-ups whose sum is the number of a nibble, of 16.
 
-    A product with the looked-up integer gives the level less one half. Up to eight levels the first table has all. With
-    sixteen a look-up gives 0 or -1 where the selector's top bit is set (``prmt`` repeats the table byte's top bit), and
-    the second one, whose selectors are complemented, where it is clear; the sum of both is right. Its table is in
-    reverse order. The top bit is the sign of a Lloyd–Max code, and the highest bit of a trellis' index, which ascends.
-    With thirty-two levels the tables have magnitudes, the second those of the upper half in reverse order.
+    The first has nibble n below 8 at n, the second, whose selectors are complemented, nibble n from 8 on at 15 - n.
+    ``prmt`` repeats the top bit of the byte it finds where the selector's top bit is set. So where one look-up gives
+    the number of n, the other gives 0 or -1 by the sign of what it has for n + 8 or n - 8: n's entry makes up for it.
     """
-    if side.family == "trellis":
-        m = [int(x) for x in trellis_levels(int(side.bits)).integers]
-        if side.bits == 2:
-            return _words([~x for x in reversed(m)] + m), _words([0] * 8)
-        if side.bits == 3:
-            return _words([~x for x in reversed(m)]), _words([x + 1 for x in reversed(m)])
-        return _words(m[:8]), _words(m[:7:-1])
-    book = lloyd_max(int(side.bits), HEAD_SIZE)
+    first, second = [0] * 8, [0] * 8
+    for n in range(8):
+        signs = [(a, b) for a in (0, -1) for b in (0, -1)]
+        a, b = next((a, b) for a, b in signs if (numbers[n] - b < 0) == (a < 0) and (numbers[n + 8] - a < 0) == (b < 0))
+        first[n], second[7 - n] = numbers[n] - b, numbers[n + 8] - a
+    if max(map(abs, first + second)) > 127:
+        raise FormatError(
+            f"a codebook of levels up to {max(map(abs, numbers))} does not fit the decode kernel's 7 bits"
+        )
+    return _words(first) + _words(second)
+
+
+def look_up(side: Side) -> list[str]:
+    """The byte tables of a codebook: two words of each of two look-ups, and as many for rotated nibbles.
+
+    A product with the looked-up integer gives the level less one half. Up to eight levels the first table has all, and
+    the second is not used. Sixteen are the sum of two look-ups: the nibble is a Lloyd–Max code, or a trellis' refine
+    bits as stored and, below, the path's two bits; in rotated nibbles these are above. Of thirty-two levels the tables
+    have the magnitudes, by the nibble that ``join`` in decode_codes.cuh makes.
+    """
+    trellis = side.family == "trellis"
+    book = trellis_levels(int(side.bits)) if trellis else lloyd_max(int(side.bits), HEAD_SIZE)
     assert book.integers is not None
     m = [int(x) for x in book.integers]
-    if book.bits < 4:
+    unused = _words([0] * 8)
+    if not trellis and side.bits < 4:
         codes = m + [~x for x in m]
-        return _words(codes + [0] * (8 - len(codes))), _words([0] * 8)
-    if max(m) > 126:
-        raise FormatError(f"the 4-bit codebook for head size {book.head_size} does not fit 7 bits less one")
-    return _words([x + 1 for x in m]), _words([~x for x in reversed(m)])
+        return _words(codes + [0] * (8 - len(codes))) + 3 * unused
+    if not trellis:
+        return _two_tables(m + [~x for x in m]) + 2 * unused
+    if side.bits == 2:
+        return _words([~x for x in reversed(m)] + m) + 3 * unused
+    if side.bits == 3:  # of negative levels the lower refine bit is stored complemented
+        ascending = [~x for x in reversed(m)] + m
+        by_nibble = ascending[4:8] + ascending[:4] + ascending[8:]
+    else:
+        by_nibble = m
+    return _two_tables(by_nibble) + _two_tables([by_nibble[4 * (n & 3) + n // 4] for n in range(16)])
 
 
 @lru_cache(maxsize=64)
@@ -95,8 +116,7 @@ def constants(k: Side, v: Side) -> dict[str, int | str]:
     """Macros that ``decode.cu`` takes from the format: widths, tables, steps, the rotation's signs."""
     defines: dict[str, int | str] = {"KBITS": int(k.bits), "VBITS": int(v.bits)}
     for name, side in (("K", k), ("V", v)):
-        low, high = look_up(side)
-        defines |= {f"{name}T0": low[0], f"{name}T1": low[1], f"{name}U0": high[0], f"{name}U1": high[1]}
+        defines |= {name + word: x for word, x in zip(_WORDS, look_up(side), strict=True)}
         trellis = side.family == "trellis"
         book = trellis_levels(int(side.bits)) if trellis else lloyd_max(int(side.bits), HEAD_SIZE)
         defines |= {f"{name}TRELLIS": int(trellis), f"{name}_STEP": f"{book.step!r}f"}

@@ -8,12 +8,15 @@
 // constant, or anything that is known to be the same in all lanes, would be copied before each of its hundred uses.
 struct Lane {
     u32 k_low, k_high, v_low, v_high;
-    u32 k0, k1, scales, v, v_top; // where its rows of K, its tokens' scales, its codes of V and their top bits lie in a tile
-    u32 scale_order, word_order; // selectors: of the first token's scale in a pair, of the weights' operand
+    u32 k0, k1, v, v_top; // where its rows of K, its codes of V and their top bits lie in a tile
+    u32 scale0, scale1; // where the scales of its tokens lie, and:
+    u32 word_order; // selectors of the weights' operand
     u32 minus_one, low_nibbles;
-    // of trellises: 0 where nothing is before a word of path bits, where that lies in V, and masks as `select` wants them: of
-    // the lower two bits of nibbles, of all bits but the lowest, and the lowest two, of nibbles, and of every other bit
-    u32 k_carry, v_carry, v_before, low_pairs, but_one, but_two, even_bits;
+    // of trellises: the tables of rotated nibbles; how far down the carries of K's words are in the words before, and whether V's
+    // have one; where V's word before lies; and masks as `select` wants them: of the lower two bits of nibbles, of all bits but
+    // the lowest, and the lowest two, of nibbles, and of every other bit
+    u32 k_low_rotated, k_high_rotated, v_low_rotated, v_high_rotated;
+    u32 k_carry2, k_carry1, v_carry, v_before, low_pairs, but_one, but_two, even_bits;
 };
 
 __device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
@@ -28,7 +31,8 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     const u32 row = KTRELLIS ? 16 : KBITS == 4 ? 64 : 32, part = KTRELLIS ? 4 : KBITS == 4 ? 16 : 8;
     L.k0 = pin((2 * g + swapped(lane)) * row + part * i, lane);
     L.k1 = pin((2 * g + 1 - swapped(lane)) * row + part * i, lane);
-    L.scales = pin(4 * g, lane);
+    L.scale0 = pin(SCALES + 4 * g + 2 * swapped(lane), lane);
+    L.scale1 = pin(SCALES + 4 * g + 2 - 2 * swapped(lane), lane);
 #if VTRELLIS
     L.v = pin(V_CODES + 128 * (g >> 1) + 16 * i + 8 * (g & 1), lane);
     L.v_top = pin(V_CODES + 64 * (g >> 1) + 16 * i + 8 * (g & 1), lane);
@@ -38,12 +42,16 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.v = pin(V_CODES + 64 * g + 16 * i, lane);
     L.v_top = VBITS == 3 ? pin(V_CODES + 512 + 64 * (g >> 1) + 16 * i, lane) : 0;
 #endif
-    L.k_carry = KTRELLIS ? pin(i ? ~0u : 0, lane) : 0;
+    L.k_carry2 = KTRELLIS ? pin(i ? 30 : 32, lane) : 0;
+    L.k_carry1 = KTRELLIS ? pin(i ? 31 : 32, lane) : 0;
+    L.k_low_rotated = K_ROTATED ? pin(KTR0 + zero, lane) : 0;
+    L.k_high_rotated = K_ROTATED ? pin(KUR0 + zero, lane) : 0;
+    L.v_low_rotated = SAME_LEVELS ? L.k_low_rotated : V_ROTATED ? pin(VTR0 + zero, lane) : 0;
+    L.v_high_rotated = SAME_LEVELS ? L.k_high_rotated : V_ROTATED ? pin(VUR0 + zero, lane) : 0;
     L.low_pairs = KTRELLIS || VTRELLIS ? pin(0x33333333u + zero, lane) : 0;
     L.but_one = VTRELLIS ? pin(0xeeeeeeeeu + zero, lane) : 0;
     L.but_two = VTRELLIS ? pin(0xccccccccu + zero, lane) : 0;
     L.even_bits = (KTRELLIS && KBITS == 2) || (VTRELLIS && VBITS == 2) ? pin(0x55555555u + zero, lane) : 0;
-    L.scale_order = pin(swapped(lane) ? 0x3244u : 0x1044u, lane);
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
     L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
     return L;
@@ -52,11 +60,12 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
 // --- trellises --------------------------------------------------------------------------------------------------------
 
 // Indices of the levels of 32 coordinates, or of eight tokens' four, in the nibbles of four words: the path's bits from
-// `even` and `odd`, above them refine bits, in `low` and `high` (2 bits a coordinate) or in `low` alone (1 bit). With 5 bits
-// the highest refine bit is in `top`: where it is clear, the level is negative, and nibbles become complements.
+// `even` and `odd`, above them refine bits, in `low` and `high` (2 bits a coordinate) or in `low` alone (1 bit). Nibbles of the
+// third word are rotated where there are four refine and path bits: the path's bits lie above the others, which saves shifts.
+// With 5 bits the sign is in `top`, and nibbles are magnitudes: where it is clear the path's bits are complemented, as the refine
+// bits are in memory.
 template <int BITS>
-__device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4],
-                                     u32 (&negative)[4]) {
+__device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4]) {
     if (BITS == 2) {
         const u32 r_even = low & L.even_bits, r_odd = low ^ r_even;
         w[0] = select(even, r_even << 2, L.low_pairs);
@@ -65,32 +74,36 @@ __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, 
         w[3] = select(odd >> 2, r_odd >> 1, L.low_pairs);
         return;
     }
+    if (BITS == 4) {
+        even = equal_bits(even, (top & 0x55555555u) * 3);
+        odd = equal_bits(odd, (top >> 1 & 0x55555555u) * 3);
+    }
     w[0] = select(even, low << 2, L.low_pairs);
     w[1] = select(odd, low, L.low_pairs);
-    w[2] = select(even >> 2, high << 2, L.low_pairs);
+    w[2] = select(high, even, L.low_pairs);
     w[3] = select(odd >> 2, high, L.low_pairs);
-    if (BITS == 4) {
-#pragma unroll
-        for (int q = 0; q < 4; q++) {
-            negative[q] = (~(top >> q) & 0x11111111u) * 15;
-            w[q] ^= negative[q];
-        }
-    }
+}
+
+// Of the four words that join() makes: 0xff for each of four coordinates whose sign in `top` is set, which is positive.
+__device__ __forceinline__ u32 sign_bytes(u32 top, int word, bool upper_half) {
+    return prmt(top << (7 - word), top << (3 - word), upper_half ? 0xfbeau : 0xd9c8u);
 }
 
 // --- K ----------------------------------------------------------------------------------------------------------------
 
-// Words of a K row for the four k-steps of a lane: eight codes each, in eight nibbles.
-__device__ __forceinline__ void load_k(const Lane& L, u32 tile, u32 at, u32 (&w)[4], u32 (&negative)[4]) {
+// Words of a K row for the four k-steps of a lane: eight codes each, in eight nibbles. `top` has signs, see join().
+__device__ __forceinline__ void load_k(const Lane& L, u32 tile, u32 at, u32 (&w)[4], u32& top) {
 #if KTRELLIS
-    const u32 u = load_4(tile + K_PATH + at), before = load_4(tile + (K_PATH - 4) + at) & L.k_carry;
-    u32 even, odd;
-    path_of_word(before, u, even, odd);
+    const u32 u = load_4(tile + K_PATH + at), before = load_4(tile + (K_PATH - 4) + at);
+    u32 odd, down;
+    path_bits(u, u * 4 + shift_down(before, L.k_carry2), odd, down);
+    const u32 even = down * 2 + shift_down(before, L.k_carry1);
+    top = KBITS == 4 ? load_4(tile + 512 + at) : 0;
 #if KBITS == 2
-    join<2>(L, even, odd, load_4(tile + at), 0, 0, w, negative);
+    join<2>(L, even, odd, load_4(tile + at), 0, 0, w);
 #else
     const uint2 r = load_8(tile + 2 * at);
-    join<KBITS>(L, even, odd, r.x, r.y, KBITS == 4 ? load_4(tile + 512 + at) : 0, w, negative);
+    join<KBITS>(L, even, odd, r.x, r.y, top, w);
 #endif
 #elif KBITS == 4
     const uint4 v = load_16(tile + at);
@@ -119,14 +132,10 @@ __device__ __forceinline__ u32 codes_of(const u32 (&w)[4], int k, int half) {
     return is_upper(k, half) ? upper(word) : word;
 }
 
-// Magnitudes of four codes of 4 bits: the first eight have been looked up, and others are zeros there.
-__device__ __forceinline__ u32 magnitudes(u32 first, u32 table0, u32 table1, u32 codes, u32 minus_one) {
-    return first | prmt(table0, table1, complement(codes, minus_one));
-}
-
-// 0xff for each of four coordinates whose nibble in `negative` is 15: of its lower or upper half.
-__device__ __forceinline__ u32 sign_bytes(u32 negative, bool upper_half) {
-    return prmt(negative << 4, negative, upper_half ? 0xfbeau : 0xd9c8u);
+// Levels less one half of four codes with 5 bits: of magnitudes, the first eight of which have been looked up, others being
+// zeros there, and bytes of ones where they are positive.
+__device__ __forceinline__ u32 signed_levels(u32 first, u32 table0, u32 table1, u32 codes, u32 positive, u32 minus_one) {
+    return equal_bits(first, prmt(table0, table1, complement(codes, minus_one)), positive);
 }
 
 // --- V ----------------------------------------------------------------------------------------------------------------
@@ -145,8 +154,8 @@ __device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 nibbles) {
     return select(nibbles << 2, before >> 2, L.but_two);
 }
 
-// Calls `use(j, e, f, e_negative, f_negative)` for each of the eight products of a step: the codes of eight tokens, of the
-// coordinates of rows g and g + 8.
+// Calls `use(j, e, f, top, word)` for each of the eight products of a step: the codes of eight tokens, of the coordinates of rows
+// g and g + 8; of a trellis e is the word of that number that join() makes, and f the next one.
 template <class Use>
 __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, const Use& use) {
 #if VTRELLIS
@@ -180,13 +189,13 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, c
         if (VBITS == 4) interleave(top[0][byte], top[1][byte], L.low_nibbles, t[0], t[1]);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            u32 even, odd, down, w[4], negative[4] = {0, 0, 0, 0};
+            u32 even, odd, down, w[4];
             path_bits(u[n], two_up(L, before, u[n]), odd, down);
             even = one_up(L, before, down);
             before = u[n];
-            join<VBITS>(L, even, odd, l[n], h[n], t[n], w, negative);
-            use(2 * byte + n, w[0], w[1], negative[0], negative[1]);
-            use(4 + 2 * byte + n, w[2], w[3], negative[2], negative[3]);
+            join<VBITS>(L, even, odd, l[n], h[n], t[n], w);
+            use(2 * byte + n, w[0], w[1], t[n], 0);
+            use(4 + 2 * byte + n, w[2], w[3], t[n], 2);
         }
     }
 #else
@@ -230,7 +239,7 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, c
         }
 #endif
 #pragma unroll
-        for (int n = 0; n < 2; n++) use(2 * byte + n, code[n][0], code[n][1], 0, 0);
+        for (int n = 0; n < 2; n++) use(2 * byte + n, code[n][0], code[n][1], 0u, 0);
     }
 #endif
 }

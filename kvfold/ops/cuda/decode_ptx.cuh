@@ -26,6 +26,23 @@ __device__ __forceinline__ u32 select(u32 x, u32 y, u32 mask) {
     asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(r) : "r"(x), "r"(y), "r"(mask));
     return r;
 }
+// ~(x ^ y), and ~((x | y) ^ z): the compiler would make two instructions of each.
+__device__ __forceinline__ u32 equal_bits(u32 x, u32 y) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %2, 0xc3;" : "=r"(r) : "r"(x), "r"(y));
+    return r;
+}
+__device__ __forceinline__ u32 equal_bits(u32 x, u32 y, u32 z) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xa9;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
+    return r;
+}
+// x >> n, which is 0 where n is 32 or more.
+__device__ __forceinline__ u32 shift_down(u32 x, u32 n) {
+    u32 r;
+    asm("shr.u32 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(n));
+    return r;
+}
 // The larger one, or NaN if one is.
 __device__ __forceinline__ float max_nan(float x, float y) {
     float r;
@@ -103,6 +120,11 @@ __device__ __forceinline__ u32 load_4(u32 from) {
     u32 r;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(from));
     return r;
+}
+__device__ __forceinline__ float load_bf16(u32 from) {
+    u32 r;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(r) : "r"(from));
+    return flt(r << 16);
 }
 __device__ __forceinline__ uint2 load_8(u32 from) {
     uint2 r;

@@ -122,13 +122,11 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
 #pragma unroll
         for (int a = 0; a < 2; a++) {
             const u32 tile = tiles + a * TILE_STRIDE;
-            const u32 kw = load_4(tile + L.scales + SCALES), vw = load_4(tile + L.scales + (SCALES + 32));
-            const u32 first = L.scale_order, second = first ^ 0x2200u;
-            ks[2 * a] = flt(prmt(kw, 0, first)), ks[2 * a + 1] = flt(prmt(kw, 0, second));
-            vs[2 * a] = flt(prmt(vw, 0, first)), vs[2 * a + 1] = flt(prmt(vw, 0, second));
-            u32 w0[4], w1[4], n0[4], n1[4];
-            load_k(L, tile, L.k0, w0, n0);
-            load_k(L, tile, L.k1, w1, n1);
+            ks[2 * a] = load_bf16(tile + L.scale0), ks[2 * a + 1] = load_bf16(tile + L.scale1);
+            vs[2 * a] = load_bf16(tile + L.scale0 + 32), vs[2 * a + 1] = load_bf16(tile + L.scale1 + 32);
+            u32 w0[4], w1[4], top0, top1;
+            load_k(L, tile, L.k0, w0, top0);
+            load_k(L, tile, L.k1, w1, top1);
 #pragma unroll
             for (int nb = 0; nb < NB; nb++)
 #pragma unroll
@@ -136,19 +134,26 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const u32 l0 = codes_of(w0, k, 0), l1 = codes_of(w1, k, 0), h0 = codes_of(w0, k, 1), h1 = codes_of(w1, k, 1);
-                u32 a0 = prmt(L.k_low, KT1, l0), a1 = prmt(L.k_low, KT1, l1);
-                u32 a2 = prmt(L.k_low, KT1, h0), a3 = prmt(L.k_low, KT1, h1);
+                // tables of the words of both halves
+                const bool lr = K_ROTATED && word_of(k, 0) == 2, hr = K_ROTATED && word_of(k, 1) == 2;
+                const u32 lt0 = lr ? L.k_low_rotated : L.k_low, lt1 = lr ? KTR1 : KT1;
+                const u32 ht0 = hr ? L.k_low_rotated : L.k_low, ht1 = hr ? KTR1 : KT1;
+                const u32 lu0 = lr ? L.k_high_rotated : L.k_high, lu1 = lr ? KUR1 : KU1;
+                const u32 hu0 = hr ? L.k_high_rotated : L.k_high, hu1 = hr ? KUR1 : KU1;
+                u32 a0 = prmt(lt0, lt1, l0), a1 = prmt(lt0, lt1, l1), a2 = prmt(ht0, ht1, h0), a3 = prmt(ht0, ht1, h1);
 #if K_INDEX == 5
-                a0 = magnitudes(a0, L.k_high, KU1, l0, L.minus_one) ^ sign_bytes(n0[word_of(k, 0)], is_upper(k, 0));
-                a1 = magnitudes(a1, L.k_high, KU1, l1, L.minus_one) ^ sign_bytes(n1[word_of(k, 0)], is_upper(k, 0));
-                a2 = magnitudes(a2, L.k_high, KU1, h0, L.minus_one) ^ sign_bytes(n0[word_of(k, 1)], is_upper(k, 1));
-                a3 = magnitudes(a3, L.k_high, KU1, h1, L.minus_one) ^ sign_bytes(n1[word_of(k, 1)], is_upper(k, 1));
+                const int lw = word_of(k, 0), hw = word_of(k, 1);
+                const bool lh = is_upper(k, 0), hh = is_upper(k, 1);
+                a0 = signed_levels(a0, lu0, lu1, l0, sign_bytes(top0, lw, lh), L.minus_one);
+                a1 = signed_levels(a1, lu0, lu1, l1, sign_bytes(top1, lw, lh), L.minus_one);
+                a2 = signed_levels(a2, hu0, hu1, h0, sign_bytes(top0, hw, hh), L.minus_one);
+                a3 = signed_levels(a3, hu0, hu1, h1, sign_bytes(top1, hw, hh), L.minus_one);
 #endif
 #pragma unroll
                 for (int nb = 0; nb < NB; nb++) mma_s8(c[a][nb], a0, a1, a2, a3, Q.b[nb][2 * k], Q.b[nb][2 * k + 1]);
 #if K_INDEX == 4
-                a0 = prmt(L.k_high, KU1, complement(l0, L.minus_one)), a1 = prmt(L.k_high, KU1, complement(l1, L.minus_one));
-                a2 = prmt(L.k_high, KU1, complement(h0, L.minus_one)), a3 = prmt(L.k_high, KU1, complement(h1, L.minus_one));
+                a0 = prmt(lu0, lu1, complement(l0, L.minus_one)), a1 = prmt(lu0, lu1, complement(l1, L.minus_one));
+                a2 = prmt(hu0, hu1, complement(h0, L.minus_one)), a3 = prmt(hu0, hu1, complement(h1, L.minus_one));
 #pragma unroll
                 for (int nb = 0; nb < NB; nb++) mma_s8(APART ? d[a][nb] : c[a][nb], a0, a1, a2, a3, Q.b[nb][2 * k], Q.b[nb][2 * k + 1]);
 #endif
@@ -250,21 +255,23 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
     }
 
     // output: V^T w
-    for_values(L, tiles, lane, [&](int j, u32 e, u32 f, u32 e_negative, u32 f_negative) {
+    for_values(L, tiles, lane, [&](int j, u32 e, u32 f, u32 top, int word) {
         const u32 eh = upper(e), fh = upper(f);
-        u32 a0 = prmt(L.v_low, VT1, e), a1 = prmt(L.v_low, VT1, f);
-        u32 a2 = prmt(L.v_low, VT1, eh), a3 = prmt(L.v_low, VT1, fh);
+        const bool rotated = V_ROTATED && word == 2; // e's nibbles
+        const u32 et0 = rotated ? L.v_low_rotated : L.v_low, et1 = rotated ? VTR1 : VT1;
+        const u32 eu0 = rotated ? L.v_high_rotated : L.v_high, eu1 = rotated ? VUR1 : VU1;
+        u32 a0 = prmt(et0, et1, e), a1 = prmt(L.v_low, VT1, f), a2 = prmt(et0, et1, eh), a3 = prmt(L.v_low, VT1, fh);
 #if V_INDEX == 5
-        a0 = magnitudes(a0, L.v_high, VU1, e, L.minus_one) ^ sign_bytes(e_negative, false);
-        a1 = magnitudes(a1, L.v_high, VU1, f, L.minus_one) ^ sign_bytes(f_negative, false);
-        a2 = magnitudes(a2, L.v_high, VU1, eh, L.minus_one) ^ sign_bytes(e_negative, true);
-        a3 = magnitudes(a3, L.v_high, VU1, fh, L.minus_one) ^ sign_bytes(f_negative, true);
+        a0 = signed_levels(a0, eu0, eu1, e, sign_bytes(top, word, false), L.minus_one);
+        a1 = signed_levels(a1, L.v_high, VU1, f, sign_bytes(top, word + 1, false), L.minus_one);
+        a2 = signed_levels(a2, eu0, eu1, eh, sign_bytes(top, word, true), L.minus_one);
+        a3 = signed_levels(a3, L.v_high, VU1, fh, sign_bytes(top, word + 1, true), L.minus_one);
 #endif
 #pragma unroll
         for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
 #if V_INDEX == 4
-        a0 = prmt(L.v_high, VU1, complement(e, L.minus_one)), a1 = prmt(L.v_high, VU1, complement(f, L.minus_one));
-        a2 = prmt(L.v_high, VU1, complement(eh, L.minus_one)), a3 = prmt(L.v_high, VU1, complement(fh, L.minus_one));
+        a0 = prmt(eu0, eu1, complement(e, L.minus_one)), a1 = prmt(L.v_high, VU1, complement(f, L.minus_one));
+        a2 = prmt(eu0, eu1, complement(eh, L.minus_one)), a3 = prmt(L.v_high, VU1, complement(fh, L.minus_one));
 #pragma unroll
         for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
 #endif

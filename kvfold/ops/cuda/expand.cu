@@ -12,8 +12,9 @@
 // Levels are odd multiples of half the codebook's step, up to 255, so they are exact as bfloat16. Two look-ups with prmt,
 // four codes each, give their upper and lower bytes; the product with the scale is rounded once, to the output's type.
 //
-// A trellis' indices of 3 bits are looked up like codes of 3 bits, those of 4 bits are made codes of 4 bits: a sign and a
-// magnitude. Those of 5 bits are magnitudes of 7 bits, in two tables, whose complement is the negative level less one half.
+// A trellis' indices of 3 bits are looked up like codes of 3 bits. Of 4 and 5 bits they are a sign and a magnitude once the
+// path's two bits of negative levels have been complemented; those of 4 bits are made codes of 4 bits. Of 5 bits they are
+// magnitudes of 7 bits, in two tables, whose complement is the negative level less one half.
 #include "trellis.cuh"
 
 constexpr int HEAD = 128;
@@ -87,13 +88,10 @@ __device__ __forceinline__ Codes codes(u32 word0, u32 word1, u32 path, u32 befor
     u32 top = S::SECOND ? word1 >> (eight & 3) & 0x11111111u : 0;
     if constexpr (!S::TRELLIS) return {low | top << 2, 0};
     u32 index = low << 2 | path_of_eight(before, path, eight & 3), negative = 0;
-    if constexpr (S::BITS == 3) {
-        negative = ~index >> 3 & 0x11111111u;
-        index ^= 0x88888888u ^ negative * 7;
-    }
+    if constexpr (S::BITS == 3) index ^= 0xBBBBBBBBu ^ (index >> 3 & 0x11111111u) * 3;
     if constexpr (S::BITS == 4) {
         negative = (top ^ 0x11111111u) * 15;
-        index ^= negative;
+        index ^= negative & 0x33333333u;
     }
     return {index, negative};
 }

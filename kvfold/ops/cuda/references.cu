@@ -27,7 +27,7 @@ struct Opening {
     u8* pages;
     i64 page_bytes;  // of a head
     int tokens, heads, chunk;
-    float levels[32];  // by code, of a trellis by index
+    float levels[32];  // by code, of a trellis by the path's two bits and above them the stored refine bits
 };
 
 struct Shared {

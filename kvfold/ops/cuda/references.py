@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from kvfold.codebooks import lloyd_max, trellis_levels
+from kvfold.codebooks import lloyd_max
+from kvfold.codecs import trellis
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import runtime
 from kvfold.ops.cuda.formats import DTYPES, HEAD_SIZE, side_defines, sign_words
@@ -35,7 +36,7 @@ class _Opening(ctypes.Structure):
 
 class _Plan(NamedTuple):
     kernel: runtime.Kernel
-    levels: ctypes.Array[ctypes.c_float]  # of every code, of a trellis by index
+    levels: ctypes.Array[ctypes.c_float]  # of every code, of a trellis ``trellis.stored_levels``
 
 
 def _defines(layout: PageLayout, dtype: torch.dtype, vector: bool) -> dict[str, int | str]:
@@ -53,10 +54,12 @@ def _defines(layout: PageLayout, dtype: torch.dtype, vector: bool) -> dict[str, 
 @lru_cache(maxsize=1024)
 def _plan(layout: PageLayout, dtype: torch.dtype, vector: bool, device: torch.device) -> _Plan:
     k = layout.format.k
-    book = trellis_levels(int(k.bits)) if k.family == "trellis" else lloyd_max(int(k.bits), HEAD_SIZE)
+    bits = int(k.bits)
+    coded = k.family == "trellis"
+    levels = trellis.stored_levels(bits, torch.device("cpu")) if coded else lloyd_max(bits, HEAD_SIZE).levels
     return _Plan(
         runtime.kernel("references.cu", "open_pages", device, **_defines(layout, dtype, vector)),
-        (ctypes.c_float * 32)(*book.levels.tolist()),
+        (ctypes.c_float * 32)(*levels.tolist()),
     )
 
 

@@ -40,7 +40,7 @@ struct Format {
 
 struct Shared {
     uint2 levels[CELLS];  // the nearest level of each subset, in half-steps, as bfloat16
-    u32 refines[CELLS];   // their refine bits, a nibble each; above them the same with two lower bits exchanged
+    u32 refines[CELLS];   // their refine bits as stored, a nibble each; above them the same with two lower bits exchanged
     float vectors[WARPS][STEPS][32];
     u32 decisions[WARPS][STEPS / 8][32];
 };
@@ -63,8 +63,9 @@ __device__ __forceinline__ void fill_tables(Shared& shared, const Recipe& recipe
                 if ((level(4 * next - 4 + subset) + level(4 * next + subset)) / 2 < cell - MIDDLE)
                     r = next, found = level(4 * next + subset);
             nearest[subset] = __float_as_uint((float)found) >> 16;
-            const int exchanged = S::BITS == 2 ? r : (r & 4) | (r & 1) << 1 | (r >> 1 & 1);
-            refines |= (r | exchanged << 16) << 4 * subset;
+            const int stored = r < REFINES / 2 ? REFINES / 2 - 1 - r : r;  // sign and magnitude
+            const int exchanged = S::BITS == 2 ? stored : (stored & 4) | (stored & 1) << 1 | (stored >> 1 & 1);
+            refines |= (stored | exchanged << 16) << 4 * subset;
         }
         shared.levels[cell] = make_uint2(nearest[0] | nearest[1] << 16, nearest[2] | nearest[3] << 16);
         shared.refines[cell] = refines;

@@ -170,9 +170,9 @@ def full_levels(side: Packed, device: torch.device) -> torch.Tensor:
     """float32 ``[2^bits]``: the level of every code, as ``unpack.codes_of`` gives it."""
     if not side.trellis:
         return lloyd.tables(side.bits, side.head_size, device)[0]
-    ascending = trellis.tables(side.bits - 1, device)[0]
     if side.bits > INT8_BITS:
-        return ascending
+        return trellis.stored_levels(side.bits - 1, device)
+    ascending = trellis.tables(side.bits - 1, device)[0]
     positive = ascending[len(ascending) // 2 :]
     return torch.cat([positive, -positive])
 

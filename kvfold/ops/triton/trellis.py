@@ -97,6 +97,13 @@ def _further(r, z, thresholds, step: tl.constexpr):
 
 
 @triton.jit
+def _stored_refine(r, BITS: tl.constexpr):
+    """See :func:`kvfold.codecs.trellis.stored_refine`."""
+    positive: tl.constexpr = 1 << (BITS - 2)
+    return tl.where(r < positive, positive - 1 - r, r)
+
+
+@triton.jit
 def _error(z, thresholds, levels, subset: tl.constexpr, BITS: tl.constexpr):
     """The squared distance from the nearest level in a subset."""
     at = z.to(tl.int32) * 0 + subset
@@ -189,7 +196,7 @@ def _search(
                     zz += z * z
                     ze += z * error
                     ee += error * error
-                    code = (r | path << (BITS - 1)).to(tl.uint8)
+                    code = (_stored_refine(r, BITS) | path << (BITS - 1)).to(tl.uint8)
                     tl.store(trial + e * count.to(tl.int64) + wide, code, mask=present)
                 state = 2 * before + two_before
         sine, stored = judged(scale, zz, ze, ee, RULE)

@@ -207,16 +207,17 @@ def _v_path(pages, tile, four, look_up, S: tl.constexpr):
 
 @triton.jit
 def _of_trellis(one, two, refine, S: tl.constexpr):
-    """Nibbles with the index of a level, 4 r + 2 two + one, as far as 4 bits go; up to there as sign and magnitude."""
-    index = one | two << 1 | refine << 2
-    if S.bits == 4:
-        negative = ((index >> 3) & 0x11111111) ^ 0x11111111
-        return negative << 3 | ((index & 0x77777777) ^ negative * 7)
-    elif S.bits == 3:
-        negative = ((index >> 2) & 0x11111111) ^ 0x11111111
-        return negative << 2 | ((index & 0x33333333) ^ negative * 3)
-    else:
-        return index
+    """Nibbles of a code, 4 r' + 2 two + one of the stored refine bits r', as far as 4 bits go.
+
+    Up to there as Lloyd–Max codes, whose sign bit is set where the level is negative: r' is sign and magnitude but for
+    that, and of the path's two bits negative levels have the complement.
+    """
+    code = one | two << 1 | refine << 2
+    if S.bits <= 4:
+        positive = (refine >> (S.bits - 3)) & 0x11111111
+        flips: tl.constexpr = 0x77777777 if S.bits == 3 else -0x44444445  # nibbles of 7, or of 11
+        code = code ^ positive * 3 ^ flips
+    return code
 
 
 @triton.jit
@@ -297,7 +298,7 @@ def codes_of(pages, tile, token, coordinate, S: tl.constexpr):
         code = code << 2 | path << 1 | _path_bit(pages, tile, token, coordinate, t - 1, S)
         if S.bits <= 4:
             half: tl.constexpr = 1 << (S.bits - 1)
-            code = tl.where(code < half, 2 * half - 1 - code, code - half)
+            code = code ^ tl.where(code < half, half + 3, half)
     return code
 
 
