@@ -84,6 +84,9 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selectors) {
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
     return (unsigned)(((uint64_t)high << 32 | low) << (shift & 31) >> 32);
 }
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+    return (unsigned)(((uint64_t)high << 32 | low) >> (shift & 31));
+}
 inline float __fadd_ru(float a, float b) {
     const double exact = (double)a + b;  // of the numbers that the kernels add
     const float near = (float)exact;

@@ -228,7 +228,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     u32 slot = ring;
     const u32 ring_end = pin(ring + STAGES * SLOT_BYTES, lane);
     int parity = 0;
-    u32 dither = lane * 0x3c6ef372u + 0x1234567u;
 #pragma unroll 1
     for (int left = copies; left > 0;) {
         clear(S);
@@ -240,28 +239,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             fetch(slot);
             slot += SLOT_BYTES;
             if (slot == ring_end) slot = ring, parity ^= 1;
-            at += STEP_TOKENS;
         };
         int unchecked = 0;
 #pragma unroll 1
         for (int n = 0; n < steps;) {
             // steps of which every row sees all tokens
             const int seen = MASKED || at < Q.inner_from ? 0 : (Q.inner_to - at) / STEP_TOKENS;
-            int run = min(min(seen, steps - n), CHECKED - unchecked);
+            const int run = min(min(seen, steps - n), CHECKED - unchecked);
             const int counted = max(run, 1);
             if (run <= 0) {
                 barrier_wait(slot + STEP_END, parity);
-                step<true>(P, L, Q, S, slot, lane, reading[warp].x, reading[warp].y, at, dither, headroom);
+                step<true>(P, L, Q, S, slot, lane, reading[warp].x, reading[warp].y, at, issued, headroom);
                 advance();
             } else {
 #pragma unroll 1
-                do {
+                for (const u32 end = issued + run; issued != end; advance()) { // which counts
                     barrier_wait(slot + STEP_END, parity);
-                    step<false>(P, L, Q, S, slot, lane, 0, 0, at, dither, headroom);
-                    advance();
-                } while (--run);
+                    step<false>(P, L, Q, S, slot, lane, 0, 0, 0, issued, headroom);
+                }
             }
-            n += counted, unchecked += counted;
+            n += counted, unchecked += counted, at += counted * STEP_TOKENS;
             if (unchecked == CHECKED) relieve(S), unchecked = 0;
         }
         left -= steps;

@@ -11,7 +11,7 @@ struct Lane {
     u32 k0, k1, v, v_top; // where its rows of K, its codes of V and their top bits lie in a tile
     u32 scale0, scale1; // where the scales of its tokens lie, and:
     u32 word_order; // selectors of the weights' operand
-    u32 minus_one, low_nibbles;
+    u32 minus_one, low_nibbles, dither;
     // of trellises: the tables of rotated nibbles; how far down the carries of K's words are in the words before, and whether V's
     // have one; where V's word before lies; and masks as `select` wants them: of the lower two bits of nibbles, of all bits but
     // the lowest, and the lowest two, of nibbles, and of every other bit
@@ -53,6 +53,7 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.but_two = VTRELLIS ? pin(0xccccccccu + zero, lane) : 0;
     L.even_bits = (KTRELLIS && KBITS == 2) || (VTRELLIS && VBITS == 2) ? pin(0x55555555u + zero, lane) : 0;
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
+    L.dither = pin(lane * 0x3c6ef372u + 0x1234567u, lane);
     L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
     return L;
 }
@@ -67,11 +68,12 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
 template <int BITS>
 __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4]) {
     if (BITS == 2) {
-        const u32 r_even = low & L.even_bits, r_odd = low ^ r_even;
+        // of odd coordinates refine bits of the fourth word lie behind the nibble, and are rotated with the path's bits
+        const u32 r_even = low & L.even_bits, r_odd = __funnelshift_l(low, low, 1) & L.even_bits, last = select(r_odd, odd, L.low_pairs);
         w[0] = select(even, r_even << 2, L.low_pairs);
-        w[1] = select(odd, r_odd << 1, L.low_pairs);
+        w[1] = select(odd, r_odd, L.low_pairs);
         w[2] = select(even >> 2, r_even, L.low_pairs);
-        w[3] = select(odd >> 2, r_odd >> 1, L.low_pairs);
+        w[3] = __funnelshift_r(last, last, 2);
         return;
     }
     if (BITS == 4) {

@@ -20,6 +20,12 @@ __device__ __forceinline__ u32 upper(u32 x) {
     asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x0100u), "r"(0u));
     return r;
 }
+// The lower half of x, and y, by the multiplier too.
+__device__ __forceinline__ u32 add_lower(u32 x, u32 y) {
+    u32 r;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x0001u), "r"(y));
+    return r;
+}
 // Bits of x where mask is set, of y elsewhere: one instruction, if the mask is no constant.
 __device__ __forceinline__ u32 select(u32 x, u32 y, u32 mask) {
     u32 r;

@@ -110,7 +110,7 @@ __device__ __forceinline__ float score(float x, float unit, float r) { return ME
 
 template <bool EDGE>
 __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query& Q, State& S, u32 tiles, int lane,
-                                     int b, int hr, int at, u32& dither, float headroom) {
+                                     int b, int hr, int at, u32 number, float headroom) {
     // scores: K q, as integers with a factor, and what is added to those of a page
     float x[NB][4], unit[NB][4], vs[4], r[NB][PAGES];
     if (MEAN) reference_scores(Q, tiles, lane & 3, r);
@@ -212,7 +212,7 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
     }
 
     // weights: exp2(score - top) * V scale, in 16-bit fixed point
-    dither += 0x9e3779b9u;
+    const u32 dither = number * 0x9e3779b9u + L.dither;
     const float d0 = flt((dither >> 9) | 0x3f800000u) - 1.5f, d1 = -d0;
     u32 pb[NB][2];
 #pragma unroll
@@ -246,8 +246,10 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
         S.total[nb] = total;
         u32 y[4];
 #pragma unroll
-        for (int t = 0; t < 4; t++) y[t] = bits(fmaf(w[t], S.factor[nb], t & 1 ? d1 : d0) + 12582912.f);
-        S.weights[nb] += (y[0] + y[1]) + (y[2] + y[3]) - 4u * 0x4b400000u;
+        for (int t = 0; t < 4; t++) {
+            y[t] = bits(fmaf(w[t], S.factor[nb], t & 1 ? d1 : d0) + 12582912.f);
+            S.weights[nb] = add_lower(y[t], S.weights[nb]);
+        }
         // from rows of tokens to columns: high and low bytes of the first tokens of both tiles, then of the second ones
         const u32 first = transpose(prmt(y[0], y[2], 0x4051)), second = transpose(prmt(y[1], y[3], 0x4051));
         pb[nb][0] = prmt(first, second, L.word_order);
