@@ -37,13 +37,11 @@ from kvfold.formats import KVFormat
 TIMES = {"k4v4": {"8x32768": 3.3, "32x8192": 3.3, "64x16384": 3.5, "1x131072": 3.0, "1x32768": 2.5, "8x4096": 2.5}}
 """How many times as fast as FlashAttention-3 a format should be."""
 
+_WAIT = r"(barrier_wait\(slot \+ STEP_END, [^;]*\);)"
 _NO_STEP = (r"step<(true|false)>\(P, L, Q, S, slot[^;]*;", ";")
-_NO_WAIT = (r"barrier_wait\(slot \+ STEP_END, parity\);", "")
-_NO_COPY = (r"% WINDOW == 0 && issued < copies\)", "% WINDOW == 0 && issued < min(copies, LAST_COPY))")
-_FIRST_WAIT = (
-    r"barrier_wait\(slot \+ STEP_END, parity\);",
-    "if (issued < 2 * STAGES) barrier_wait(slot + STEP_END, parity);",
-)
+_NO_WAIT = (_WAIT, "")
+_FIRST_WAIT = (_WAIT, r"if (issued < 2 * STAGES) \1")
+_NO_COPY = (r"issued < copies && elected\(\)", "issued < min(copies, LAST_COPY) && elected()")
 
 
 class Variant(NamedTuple):

@@ -63,7 +63,7 @@ inline void prmt_b32(u32& d, u32 a, u32 b, u32 selectors) {  // a selector's top
     }
     d = r;
 }
-inline void shr_u32(u32& d, u32 a, u32 n) { d = n < 32 ? a >> n : 0; }
+inline void selp_u32(u32& d, u32 a, u32 b, bool chosen) { d = chosen ? a : b; }
 inline void mad_lo_u32(u32& d, u32 a, u32 b, u32 c) { d = a * b + c; }
 inline void dp2a_lo_u32_u32(u32& d, u32 a, u32 b, u32 c) { d = c + (a & 0xFFFFu) * (b & 255u) + (a >> 16) * (b >> 8 & 255u); }
 inline void lop3_b32(u32& d, u32 a, u32 b, u32 c, u32 table) {
@@ -177,10 +177,7 @@ inline void movmatrix_sync_aligned_m8n8_trans_b16(u32& d, u32 a) {
 // --- memory -----------------------------------------------------------------------------------------------------------
 
 inline void ld_shared_u32(u32& d, u32 address) { memcpy(&d, host::shared_at(address, 4, 4, "a load"), 4); }
-inline void ld_shared_u16(u32& d, u32 address) {
-    unsigned short x;
-    memcpy(&x, host::shared_at(address, 2, 2, "a load"), 2), d = x;
-}
+inline void ld_shared_u64(u64& d, u32 address) { memcpy(&d, host::shared_at(address, 8, 8, "a load"), 8); }
 inline void ld_shared_v2_u32(u32& d0, u32& d1, u32 address) {
     const u32* from = (const u32*)host::shared_at(address, 8, 8, "a load");
     d0 = from[0], d1 = from[1];
@@ -209,6 +206,7 @@ inline void mbarrier_init_shared__cta_b64(u32 barrier, int count) {
     host::mbarrier(barrier, true) = {0, (uint8_t)count, (uint8_t)count, 0, host::MAGIC};
     host::barriers.push_back({barrier, count});
 }
+inline void elect_sync(bool& elected, u32) { elected = host::lane() == 0; }
 inline void mbarrier_inval_shared__cta_b64(u32 barrier) { host::invalidate(barrier); }
 inline void mbarrier_arrive_expect_tx_shared__cta_b64(u32 barrier, u32 bytes) {
     host::Mbarrier& it = host::mbarrier(barrier);

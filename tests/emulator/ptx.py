@@ -104,5 +104,6 @@ def _line(line: str, values: list[str], number: int, known: set[str], where: str
     for operand in re.sub(r"[{}\[\]\s]", "", operands).split(","):
         if operand in ("", "_"):  # nothing, or a result that nobody wants
             continue
+        operand = operand.removeprefix("_|")  # of two results the first is not wanted
         arguments.append(f"({values[int(operand[1:])]})" if re.fullmatch(r"%\d+", operand) else operand)
     return f"ptx::{function}({', '.join(arguments)}); "

@@ -34,6 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __shared__ int sharing[WARPS];   // how many warps these have from the first one on, the gap included; 0: there is none
     __shared__ int busy[WARPS]; // whether a warp has steps
     __shared__ Copies copying[WARPS];
+    __shared__ u64 addresses[WARPS][32]; // of the copies of WINDOW steps, half of which is looked up while the other is used
     __shared__ int pending[2]; // what this CTA is the last to bring to an item, and the item
     __shared__ int4 whole[2];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -149,26 +150,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     Query Q;
     Four raw[ROWS];
     u32 issued = 0;
-    u64 source = 0;
+    const u32 upcoming = pin(smem_address(addresses[warp]), lane);
     auto fetch = [&](u32 slot) {
-        // lane l knows the address of each WINDOW-th copy, and issues it
-        if (((lane / COPIES) ^ issued) % WINDOW == 0 && issued < copies) {
+        if (issued < copies && elected()) {
             const u32 bar = slot + STEP_END;
+            const u32 its = upcoming + issued % WINDOW * COPIES * 8;
             if (PAGE == 16) {
-                barrier_expect(bar, source ? TILE_STRIDE : 0);
-                if (source) bulk_copy(slot + (lane & 1) * TILE_STRIDE, source, TILE_STRIDE, bar);
+#pragma unroll
+                for (int tile = 0; tile < 2; tile++) {
+                    const u64 source = load_address(its + tile * 8);
+                    barrier_expect(bar, source ? TILE_STRIDE : 0);
+                    if (source) bulk_copy(slot + tile * TILE_STRIDE, source, TILE_STRIDE, bar);
+                }
             } else {
+                const u64 source = load_address(its);
                 const bool behind = !MEAN || PAGE == 32 || source & 1; // whether the reference, if any, follows these tiles
                 barrier_expect(bar, STEP_END);
                 bulk_copy(slot, tiles_at(source), behind ? STEP_END : STEP_BYTES, bar);
                 if (!behind) bulk_copy(slot + STEP_BYTES, source + 2 * STEP_BYTES, REFERENCE_BYTES, bar);
             }
         }
-        // in good time: the other half of the lanes has the next ones
         issued++;
-        if (__builtin_expect(issued % (WINDOW / 2) == 0, 0))
-            look_up(P, copying[warp], source, ~issued / (WINDOW / 2) % 2 * 16, WINDOW / 2, lane);
     };
+    static_assert(STAGES < WINDOW / 2, "a ring is filled before more addresses are looked up");
     if (lane == 0) {
         busy[warp] = copies > 0;
         reading[warp] = item;
@@ -179,10 +183,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (copies) {
         look_out(P, Q, item.y, item.x, lane);
         load_rows(P, raw, item.y, item.x, lane);
-        look_up(P, copying[warp], source, 0, WINDOW, lane);
+        look_up(P, copying[warp], addresses[warp], 0, WINDOW, lane);
     }
     // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.
-    u32 words = (u32)source;
+    u32 words = 0;
     if (copies) {
 #pragma unroll
         for (int r = 0; r < ROWS; r++) words |= bits_of(raw[r]);
@@ -192,7 +196,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (P.ready) {
         // While the kernels ahead end, the memory has little to do: it brings the first pages to L2, where they may still be
         // written.
-        if (lane / COPIES < min(copies, AHEAD) && source) prefetch_bulk(tiles_at(source), STEP_END / COPIES);
+        const u64 source = lane / COPIES < min(copies, AHEAD) ? addresses[warp][lane] : 0;
+        if (source) prefetch_bulk(tiles_at(source), STEP_END / COPIES);
     } else if (copies) {
         fetch(ring), filled = 1; // more would keep other CTAs' queries waiting
     }
@@ -225,9 +230,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (!copies) release_ring();
 
     State S;
-    u32 slot = ring;
-    const u32 ring_end = pin(ring + STAGES * SLOT_BYTES, lane);
-    int parity = 0;
+    u32 slot = ring, phase = 0; // of the ring's barriers: with two stages in bit 31
+    const u32 turning = pin(STAGES == 2 ? 2 * ring + SLOT_BYTES : ring + STAGES * SLOT_BYTES, lane); // the sum of both, or the end
 #pragma unroll 1
     for (int left = copies; left > 0;) {
         clear(S);
@@ -237,28 +241,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         auto advance = [&]() { // after a step: its slot is free
             __syncwarp();
             fetch(slot);
-            slot += SLOT_BYTES;
-            if (slot == ring_end) slot = ring, parity ^= 1;
+            if (STAGES == 2) { // the other one
+                slot = turning - slot, phase += 1u << 30;
+            } else {
+                slot += SLOT_BYTES;
+                if (slot == turning) slot = ring, phase ^= 1;
+            }
         };
         int unchecked = 0;
 #pragma unroll 1
         for (int n = 0; n < steps;) {
             // steps of which every row sees all tokens
             const int seen = MASKED || at < Q.inner_from ? 0 : (Q.inner_to - at) / STEP_TOKENS;
-            const int run = min(min(seen, steps - n), CHECKED - unchecked);
+            const int run = min(min(seen, steps - n), min(CHECKED - unchecked, WINDOW / 2 - (int)(issued % (WINDOW / 2))));
             const int counted = max(run, 1);
             if (run <= 0) {
-                barrier_wait(slot + STEP_END, parity);
+                barrier_wait(slot + STEP_END, STAGES == 2 ? phase >> 31 : phase);
                 step<true>(P, L, Q, S, slot, lane, reading[warp].x, reading[warp].y, at, issued, headroom);
                 advance();
             } else {
 #pragma unroll 1
                 for (const u32 end = issued + run; issued != end; advance()) { // which counts
-                    barrier_wait(slot + STEP_END, parity);
+                    barrier_wait(slot + STEP_END, STAGES == 2 ? phase >> 31 : phase);
                     step<false>(P, L, Q, S, slot, lane, 0, 0, 0, issued, headroom);
                 }
             }
             n += counted, unchecked += counted, at += counted * STEP_TOKENS;
+            if (issued % (WINDOW / 2) == 0) // in good time: the other half has the next ones
+                look_up(P, copying[warp], addresses[warp], ~issued / (WINDOW / 2) % 2 * 16, WINDOW / 2, lane);
             if (unchecked == CHECKED) relieve(S), unchecked = 0;
         }
         left -= steps;

@@ -8,15 +8,13 @@
 // constant, or anything that is known to be the same in all lanes, would be copied before each of its hundred uses.
 struct Lane {
     u32 k_low, k_high, v_low, v_high;
-    u32 k0, k1, v, v_top; // where its rows of K, its codes of V and their top bits lie in a tile
-    u32 scale0, scale1; // where the scales of its tokens lie, and:
-    u32 word_order; // selectors of the weights' operand
+    u32 k0, k1, scales, v, v_top; // where its rows of K, its tokens' scales, its codes of V and their top bits lie in a tile
+    u32 scale_order, scale_order1, word_order, word_order1; // selectors: of the scales in a pair, of the weights' operands
     u32 minus_one, low_nibbles, dither;
-    // of trellises: the tables of rotated nibbles; how far down the carries of K's words are in the words before, and whether V's
-    // have one; where V's word before lies; and masks as `select` wants them: of the lower two bits of nibbles, of all bits but
+    // of trellises: the tables of rotated nibbles; 0 where nothing is before a word of path bits; where that lies in V; and masks as `select` wants them: of the lower two bits of nibbles, of all bits but
     // the lowest, and the lowest two, of nibbles, and of every other bit
     u32 k_low_rotated, k_high_rotated, v_low_rotated, v_high_rotated;
-    u32 k_carry2, k_carry1, v_carry, v_before, low_pairs, but_one, but_two, even_bits;
+    u32 k_carry, v_carry, v_before, low_pairs, but_one, but_two, even_bits;
 };
 
 __device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
@@ -31,8 +29,9 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     const u32 row = KTRELLIS ? 16 : KBITS == 4 ? 64 : 32, part = KTRELLIS ? 4 : KBITS == 4 ? 16 : 8;
     L.k0 = pin((2 * g + swapped(lane)) * row + part * i, lane);
     L.k1 = pin((2 * g + 1 - swapped(lane)) * row + part * i, lane);
-    L.scale0 = pin(SCALES + 4 * g + 2 * swapped(lane), lane);
-    L.scale1 = pin(SCALES + 4 * g + 2 - 2 * swapped(lane), lane);
+    L.scales = pin(SCALES + 4 * g, lane);
+    L.scale_order = pin(swapped(lane) ? 0x3244u : 0x1044u, lane);
+    L.scale_order1 = pin(L.scale_order ^ 0x2200u, lane);
 #if VTRELLIS
     L.v = pin(V_CODES + 128 * (g >> 1) + 16 * i + 8 * (g & 1), lane);
     L.v_top = pin(V_CODES + 64 * (g >> 1) + 16 * i + 8 * (g & 1), lane);
@@ -42,8 +41,7 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.v = pin(V_CODES + 64 * g + 16 * i, lane);
     L.v_top = VBITS == 3 ? pin(V_CODES + 512 + 64 * (g >> 1) + 16 * i, lane) : 0;
 #endif
-    L.k_carry2 = KTRELLIS ? pin(i ? 30 : 32, lane) : 0;
-    L.k_carry1 = KTRELLIS ? pin(i ? 31 : 32, lane) : 0;
+    L.k_carry = KTRELLIS ? pin(i ? ~0u : 0, lane) : 0;
     L.k_low_rotated = K_ROTATED ? pin(KTR0 + zero, lane) : 0;
     L.k_high_rotated = K_ROTATED ? pin(KUR0 + zero, lane) : 0;
     L.v_low_rotated = SAME_LEVELS ? L.k_low_rotated : V_ROTATED ? pin(VTR0 + zero, lane) : 0;
@@ -53,6 +51,7 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.but_two = VTRELLIS ? pin(0xccccccccu + zero, lane) : 0;
     L.even_bits = (KTRELLIS && KBITS == 2) || (VTRELLIS && VBITS == 2) ? pin(0x55555555u + zero, lane) : 0;
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
+    L.word_order1 = pin(L.word_order ^ 0x6666u, lane);
     L.dither = pin(lane * 0x3c6ef372u + 0x1234567u, lane);
     L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
     return L;
@@ -96,10 +95,9 @@ __device__ __forceinline__ u32 sign_bytes(u32 top, int word, bool upper_half) {
 // Words of a K row for the four k-steps of a lane: eight codes each, in eight nibbles. `top` has signs, see join().
 __device__ __forceinline__ void load_k(const Lane& L, u32 tile, u32 at, u32 (&w)[4], u32& top) {
 #if KTRELLIS
-    const u32 u = load_4(tile + K_PATH + at), before = load_4(tile + (K_PATH - 4) + at);
-    u32 odd, down;
-    path_bits(u, u * 4 + shift_down(before, L.k_carry2), odd, down);
-    const u32 even = down * 2 + shift_down(before, L.k_carry1);
+    const u32 u = load_4(tile + K_PATH + at), before = load_4(tile + (K_PATH - 4) + at) & L.k_carry;
+    u32 even, odd;
+    path_of_word(before, u, even, odd);
     top = KBITS == 4 ? load_4(tile + 512 + at) : 0;
 #if KBITS == 2
     join<2>(L, even, odd, load_4(tile + at), 0, 0, w);

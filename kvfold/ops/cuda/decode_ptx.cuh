@@ -20,12 +20,6 @@ __device__ __forceinline__ u32 upper(u32 x) {
     asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x0100u), "r"(0u));
     return r;
 }
-// The lower half of x, and y, by the multiplier too.
-__device__ __forceinline__ u32 add_lower(u32 x, u32 y) {
-    u32 r;
-    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x0001u), "r"(y));
-    return r;
-}
 // Bits of x where mask is set, of y elsewhere: one instruction, if the mask is no constant.
 __device__ __forceinline__ u32 select(u32 x, u32 y, u32 mask) {
     u32 r;
@@ -41,12 +35,6 @@ __device__ __forceinline__ u32 equal_bits(u32 x, u32 y) {
 __device__ __forceinline__ u32 equal_bits(u32 x, u32 y, u32 z) {
     u32 r;
     asm("lop3.b32 %0, %1, %2, %3, 0xa9;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
-    return r;
-}
-// x >> n, which is 0 where n is 32 or more.
-__device__ __forceinline__ u32 shift_down(u32 x, u32 n) {
-    u32 r;
-    asm("shr.u32 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(n));
     return r;
 }
 // The larger one, or NaN if one is.
@@ -94,6 +82,13 @@ __device__ __forceinline__ void mma_u8(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// Whether this is the lane that acts for its warp: one only, as the compiler knows, which makes no loop over lanes then.
+__device__ __forceinline__ bool elected() {
+    u32 r;
+    asm volatile("{\n.reg .pred P;\nelect.sync _|P, 0xffffffff;\nselp.u32 %0, 1, 0, P;\n}" : "=r"(r));
+    return r;
+}
+
 __device__ __forceinline__ void barrier_init(u32 bar, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
@@ -127,10 +122,10 @@ __device__ __forceinline__ u32 load_4(u32 from) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(r) : "r"(from));
     return r;
 }
-__device__ __forceinline__ float load_bf16(u32 from) {
-    u32 r;
-    asm volatile("ld.shared.u16 %0, [%1];" : "=r"(r) : "r"(from));
-    return flt(r << 16);
+__device__ __forceinline__ u64 load_address(u32 from) {
+    u64 r;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(r) : "r"(from));
+    return r;
 }
 __device__ __forceinline__ uint2 load_8(u32 from) {
     uint2 r;

@@ -122,15 +122,17 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
 #pragma unroll
         for (int a = 0; a < 2; a++) {
             const u32 tile = tiles + a * TILE_STRIDE;
-            ks[2 * a] = load_bf16(tile + L.scale0), ks[2 * a + 1] = load_bf16(tile + L.scale1);
-            vs[2 * a] = load_bf16(tile + L.scale0 + 32), vs[2 * a + 1] = load_bf16(tile + L.scale1 + 32);
+            const u32 kw = load_4(tile + L.scales), vw = load_4(tile + L.scales + 32);
+            const u32 first = L.scale_order, second = L.scale_order1;
+            ks[2 * a] = flt(prmt(kw, 0, first)), ks[2 * a + 1] = flt(prmt(kw, 0, second));
+            vs[2 * a] = flt(prmt(vw, 0, first)), vs[2 * a + 1] = flt(prmt(vw, 0, second));
             u32 w0[4], w1[4], top0, top1;
             load_k(L, tile, L.k0, w0, top0);
             load_k(L, tile, L.k1, w1, top1);
 #pragma unroll
             for (int nb = 0; nb < NB; nb++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) c[a][nb][e] = e & 1 ? Q.half_sum[nb] : 0, d[a][nb][e] = 0;
+                for (int e = 0; e < 4; e++) c[a][nb][e] = d[a][nb][e] = 0;
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const u32 l0 = codes_of(w0, k, 0), l1 = codes_of(w1, k, 0), h0 = codes_of(w0, k, 1), h1 = codes_of(w1, k, 1);
@@ -164,9 +166,9 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
 #pragma unroll
             for (int t = 0; t < 4; t++) {
                 const int a = t >> 1, e = 2 * (t & 1);
-                int sum = c[a][nb][e] * 256 + c[a][nb][e + 1];
-                if (APART) sum += d[a][nb][e] * 256 + d[a][nb][e + 1];
-                x[nb][t] = (float)sum;
+                const int high = APART ? c[a][nb][e] + d[a][nb][e] : c[a][nb][e];
+                const int low = (APART ? c[a][nb][e + 1] + d[a][nb][e + 1] : c[a][nb][e + 1]) + Q.half_sum[nb];
+                x[nb][t] = (float)(high * 256 + low);
                 unit[nb][t] = Q.unit[nb] * ks[t];
 #if SOFTCAP
                 {
@@ -246,14 +248,12 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
         S.total[nb] = total;
         u32 y[4];
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            y[t] = bits(fmaf(w[t], S.factor[nb], t & 1 ? d1 : d0) + 12582912.f);
-            S.weights[nb] = add_lower(y[t], S.weights[nb]);
-        }
+        for (int t = 0; t < 4; t++) y[t] = bits(fmaf(w[t], S.factor[nb], t & 1 ? d1 : d0) + 12582912.f);
+        S.weights[nb] += (y[0] + y[1]) + (y[2] + y[3]) - 4u * 0x4b400000u;
         // from rows of tokens to columns: high and low bytes of the first tokens of both tiles, then of the second ones
         const u32 first = transpose(prmt(y[0], y[2], 0x4051)), second = transpose(prmt(y[1], y[3], 0x4051));
         pb[nb][0] = prmt(first, second, L.word_order);
-        pb[nb][1] = prmt(first, second, L.word_order ^ 0x6666u);
+        pb[nb][1] = prmt(first, second, L.word_order1);
     }
 
     // output: V^T w
