@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __shared__ int sharing[WARPS];   // how many warps these have from the first one on, the gap included; 0: there is none
     __shared__ int busy[WARPS]; // whether a warp has steps
     __shared__ Copies copying[WARPS];
-    __shared__ u64 addresses[WARPS][32]; // of the copies of WINDOW steps, half of which is looked up while the other is used
+    __shared__ u64 addresses[WARPS][32]; // of the copies of WINDOW steps: half of them are replaced while the others are used
     __shared__ int pending[2]; // what this CTA is the last to bring to an item, and the item
     __shared__ int4 whole[2];
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -150,6 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     Query Q;
     Four raw[ROWS];
     u32 issued = 0;
+    u64 source = 0; // address of a copy that is still on its way to `addresses`
     const u32 upcoming = pin(smem_address(addresses[warp]), lane);
     auto fetch = [&](u32 slot) {
         if (issued < copies && elected()) {
@@ -158,16 +159,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             if (PAGE == 16) {
 #pragma unroll
                 for (int tile = 0; tile < 2; tile++) {
-                    const u64 source = load_address(its + tile * 8);
-                    barrier_expect(bar, source ? TILE_STRIDE : 0);
-                    if (source) bulk_copy(slot + tile * TILE_STRIDE, source, TILE_STRIDE, bar);
+                    const u64 from = load_address(its + tile * 8);
+                    barrier_expect(bar, from ? TILE_STRIDE : 0);
+                    if (from) bulk_copy(slot + tile * TILE_STRIDE, from, TILE_STRIDE, bar);
                 }
             } else {
-                const u64 source = load_address(its);
-                const bool behind = !MEAN || PAGE == 32 || source & 1; // whether the reference, if any, follows these tiles
+                const u64 from = load_address(its);
+                const bool behind = !MEAN || PAGE == 32 || from & 1; // whether the reference, if any, follows these tiles
                 barrier_expect(bar, STEP_END);
-                bulk_copy(slot, tiles_at(source), behind ? STEP_END : STEP_BYTES, bar);
-                if (!behind) bulk_copy(slot + STEP_BYTES, source + 2 * STEP_BYTES, REFERENCE_BYTES, bar);
+                bulk_copy(slot, tiles_at(from), behind ? STEP_END : STEP_BYTES, bar);
+                if (!behind) bulk_copy(slot + STEP_BYTES, from + 2 * STEP_BYTES, REFERENCE_BYTES, bar);
             }
         }
         issued++;
@@ -183,7 +184,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (copies) {
         look_out(P, Q, item.y, item.x, lane);
         load_rows(P, raw, item.y, item.x, lane);
-        look_up(P, copying[warp], addresses[warp], 0, WINDOW, lane);
+        look_up(P, copying[warp], source, 0, WINDOW, lane);
+        addresses[warp][lane] = source;
+        look_up(P, copying[warp], source, 0, WINDOW / 2, lane);
     }
     // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.
     u32 words = 0;
@@ -196,8 +199,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     if (P.ready) {
         // While the kernels ahead end, the memory has little to do: it brings the first pages to L2, where they may still be
         // written.
-        const u64 source = lane / COPIES < min(copies, AHEAD) ? addresses[warp][lane] : 0;
-        if (source) prefetch_bulk(tiles_at(source), STEP_END / COPIES);
+        const u64 first = lane / COPIES < min(copies, AHEAD) ? addresses[warp][lane] : 0;
+        if (first) prefetch_bulk(tiles_at(first), STEP_END / COPIES);
     } else if (copies) {
         fetch(ring), filled = 1; // more would keep other CTAs' queries waiting
     }
@@ -267,8 +270,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
                 }
             }
             n += counted, unchecked += counted, at += counted * STEP_TOKENS;
-            if (issued % (WINDOW / 2) == 0) // in good time: the other half has the next ones
-                look_up(P, copying[warp], addresses[warp], ~issued / (WINDOW / 2) % 2 * 16, WINDOW / 2, lane);
+            if (issued % (WINDOW / 2) == 0) { // half of the addresses have been used, and what was looked up the last time is there
+                const u32 half = issued / (WINDOW / 2) % 2;
+                __syncwarp();
+                if (lane / 16 != half) addresses[warp][lane] = source;
+                look_up(P, copying[warp], source, half * 16, WINDOW / 2, lane);
+            }
             if (unchecked == CHECKED) relieve(S), unchecked = 0;
         }
         left -= steps;

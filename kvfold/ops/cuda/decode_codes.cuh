@@ -11,8 +11,9 @@ struct Lane {
     u32 k0, k1, scales, v, v_top; // where its rows of K, its tokens' scales, its codes of V and their top bits lie in a tile
     u32 scale_order, scale_order1, word_order, word_order1; // selectors: of the scales in a pair, of the weights' operands
     u32 minus_one, low_nibbles, dither;
-    // of trellises: the tables of rotated nibbles; 0 where nothing is before a word of path bits; where that lies in V; and masks as `select` wants them: of the lower two bits of nibbles, of all bits but
-    // the lowest, and the lowest two, of nibbles, and of every other bit
+    // of trellises: the tables of rotated nibbles; 0 where nothing is before a word of path bits; where that lies in V; and masks
+    // as `select` wants them: of the lower two bits of nibbles, of all bits but the lowest, and the lowest two, of nibbles, and
+    // of every other bit
     u32 k_low_rotated, k_high_rotated, v_low_rotated, v_high_rotated;
     u32 k_carry, v_carry, v_before, low_pairs, but_one, but_two, even_bits;
 };
@@ -67,8 +68,9 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
 template <int BITS>
 __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4]) {
     if (BITS == 2) {
-        // of odd coordinates refine bits of the fourth word lie behind the nibble, and are rotated with the path's bits
-        const u32 r_even = low & L.even_bits, r_odd = __funnelshift_l(low, low, 1) & L.even_bits, last = select(r_odd, odd, L.low_pairs);
+        // the fourth word's refine bits lie behind their nibbles, and are rotated with the path's bits
+        const u32 r_even = low & L.even_bits, r_odd = __funnelshift_l(low, low, 1) & L.even_bits;
+        const u32 last = select(r_odd, odd, L.low_pairs);
         w[0] = select(even, r_even << 2, L.low_pairs);
         w[1] = select(odd, r_odd, L.low_pairs);
         w[2] = select(even >> 2, r_even, L.low_pairs);

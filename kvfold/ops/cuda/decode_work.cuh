@@ -65,10 +65,9 @@ struct Copies {
     int step, left;
 };
 
-// The addresses of the copies of the next `steps` steps, in their order from `first` on. 0: there is no such page. With key
-// references bit 0 is set in the second step of a page.
-__device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64 (&addresses)[32], u32 first, int steps, u32 lane) {
-    __syncwarp(); // addresses have been read
+// The addresses of the copies of the next `steps` steps, in their order in the lanes from `first` on. 0: there is no such page.
+// With key references bit 0 is set in the second step of a page.
+__device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& source, u32 first, int steps, u32 lane) {
     Copies c = copies;
     const int mine = (lane - first) / COPIES; // huge for lanes before the first
 #pragma unroll 1
@@ -78,7 +77,7 @@ __device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64 (&a
         if (mine >= done && mine < done + n) {
             const int step = c.item.z + c.step + mine - done;
             const int page = step * STEP_TOKENS / PAGE + (PAGE == 16 ? lane & 1 : 0);
-            u64 source = 0;
+            source = 0;
             bool there = true; // of two pages in a step one may lie before or behind what is seen, and be anything
             if (PAGE == 16) {
                 const Sight s = sight(P, c.item.x);
@@ -88,7 +87,6 @@ __device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64 (&a
                 source = (u64)P.pages + (u64)(u32)P.table[(i64)c.item.x * P.table_stride + page] * P.page_stride;
                 source += head_of(P, c.item.y) * PAGE_BYTES + (PAGE == 64 ? (step & 1) * (STEP_BYTES + MEAN) : 0);
             }
-            addresses[lane] = source;
         }
         done += n, c.step += n, c.left -= n;
     }
