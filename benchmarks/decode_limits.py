@@ -188,7 +188,7 @@ def main() -> None:
     result = measure(cases, formats, args.replays)
     if args.json is not None:
         facts = {
-            "command": shlex.join(["python", "benchmarks/decode_limits.py", *sys.argv[1:]]),
+            "command": shlex.join(sys.argv),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "environment": environment_of_gpu(None),
         }  # fmt: skip
         args.json.write_text(json.dumps(facts | result, indent=1) + "\n", encoding="utf-8")

@@ -274,7 +274,8 @@ def test_the_committed_figures(kvfold: Any, tmp_path: Path, monkeypatch: pytest.
     result = kvfold("report", "--output", output)
     assert result.code == 0
     left_out = [line for line in result.err.splitlines() if "left out" in line]
-    unseen = ("kvfold compare", "kvfold tune", "benchmarks/vllm_answers.py", "benchmarks/vllm_fidelity.py")
+    scripts = ("decode_limits", "vllm_answers", "vllm_fidelity")
+    unseen = ("kvfold compare", "kvfold tune", *(f"benchmarks/{name}.py" for name in scripts))
     files = sorted(RESULTS.glob("*.json"))
     expected = [f"{file.name}:" for file in files if json.loads(file.read_text())["command"].startswith(unseen)]
     assert [line.split()[2] for line in left_out] == expected
