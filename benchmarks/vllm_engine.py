@@ -8,7 +8,7 @@ batch x prompt tokens; ``full`` is as many requests of 32 000 tokens as the cach
 each case are served before it is timed, so that nothing compiles in it.
 
 The decode rate counts the tokens after the moment at which every request has its first one; the prefill time is what
-lies before, as a client would see it. Cases of short prompts are served five times, of which the median counts, as what
+lies before, as a client would see it. Cases of short prompts are served five times, of which the medians count, as what
 the host does weighs in them; others are of one run. What CUDA graphs take is what vLLM's log says.
 """
 
@@ -31,6 +31,7 @@ from datetime import datetime, timezone
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 LONG = 32_000
@@ -123,10 +124,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             prompts = [[draw.randrange(100, 100_000) for _ in range(length)] for _ in range(batch)]
             serve(llm.llm_engine, prompts if length < 1000 else prompts[:2], 8)
             timings = [serve(llm.llm_engine, prompts, 1 + args.new) for _ in range(5 if length < 1000 else 1)]
-            timing = sorted(timings, key=lambda one: one.decode)[len(timings) // 2]
             row = {
-                "case": name, "batch": batch, "prompt": length, "prefill_seconds": timing.prefill,
-                "decode_tokens_per_second": timing.decoded / timing.decode,
+                "case": name, "batch": batch, "prompt": length,
+                "prefill_seconds": median(timing.prefill for timing in timings),
+                "decode_tokens_per_second": median(timing.decoded / timing.decode for timing in timings),
             }  # fmt: skip
             print(f"{args.one}: {json.dumps(row)}", file=sys.stderr, flush=True)
             result["cases"].append(row)
