@@ -171,6 +171,8 @@ def main() -> None:
         formats = [KVFormat.parse(text) for text in args.format]
     except ValueError as error:
         parser.error(str(error))
+    if not cases:
+        parser.error(f"{', '.join(args.shapes)}: no shape of decoding; there are {', '.join(TIMES['k4v4'])} and others")
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"{args.json}: there is no folder {args.json.absolute().parent}")
     import torch

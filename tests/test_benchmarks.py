@@ -102,6 +102,10 @@ def test_caches_are_compared_with_the_first() -> None:
     [
         ("vllm_engine", ["--cases", "8by10"], "'8by10' is neither batch x prompt tokens, like 8x8192, nor 'full'"),
         ("vllm_engine", ["--cases", "0x10"], "'0x10' is neither"),
+        ("decode_limits", ["--shapes", "8x5"], "no shape is called '8x5'"),
+        ("decode_limits", ["--shapes", "store-8"], "store-8: no shape of decoding"),
+        ("decode_limits", ["--format", "k9v9"], "unknown format 'k9v9'"),
+        ("decode_limits", ["--json", "nowhere/x.json"], "there is no folder"),
         ("vllm_engine", [], "vLLM is not installed: pip install"),
         ("vllm_answers", ["--text", "nothing.txt"], "vLLM is not installed: pip install"),
         ("vllm_fidelity", ["--text", "a", "--haystack", "b"], "vLLM is not installed: pip install"),
