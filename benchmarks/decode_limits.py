@@ -6,14 +6,14 @@
 are the same in all of them:
 
 * `frame`: warps go through their steps without bytes and without arithmetic: what is around the loop.
-* `reading`: pages are copied to shared memory as ever, and nothing is done with them. The kernel cannot be faster.
-* `arithmetic`: each warp fills its ring once, and works on what is there in each of its steps: no memory.
+* `reading`: pages are copied to shared memory as ever, and nothing is done with them.
+* `arithmetic`: each warp copies its first step, and works on that one again and again.
 * `kernel`: as it is.
 
 `wanted` is FlashAttention-3's time in bfloat16 in the same run over the factor that is aimed at. Where `reading` alone
-takes as long, the memory forbids it; where `kernel` takes longer than both parts, what is between is how badly they
-overlap. Results of the changed ones are wrong, and nobody looks at them. Needs a GPU of compute capability 9.0; for
-FlashAttention-3 vLLM or its own package.
+takes as long, the memory forbids it to a kernel that copies so; where `kernel` takes longer than both parts, what is
+between is how badly they overlap. Results of the changed ones are wrong, and nobody looks at them. Needs a GPU of
+compute capability 9.0; for FlashAttention-3 vLLM or its own package.
 """
 
 from __future__ import annotations
@@ -37,11 +37,13 @@ from kvfold.formats import KVFormat
 TIMES = {"k4v4": {"8x32768": 3.3, "32x8192": 3.3, "64x16384": 3.5, "1x131072": 3.0, "1x32768": 2.5, "8x4096": 2.5}}
 """How many times as fast as FlashAttention-3 a format should be."""
 
-_WAIT = r"(barrier_wait\(slot \+ STEP_END, [^;]*\);)"
 _NO_STEP = (r"step<(true|false)>\(P, L, Q, S, slot[^;]*;", ";")
+_WAIT = r"barrier_wait\(slot \+ STEP_END, [^;]*\);"
 _NO_WAIT = (_WAIT, "")
-_FIRST_WAIT = (_WAIT, r"if (issued < 2 * STAGES) \1")
 _NO_COPY = (r"issued < copies && elected\(\)", "issued < min(copies, LAST_COPY) && elected()")
+_NO_PREFETCH = (r"if \(first\) prefetch_bulk", "if (LAST_COPY > 1 && first) prefetch_bulk")
+_FIRST_STEP = (r"(step<(?:true|false)>\(P, L, Q, S, )slot", r"\1ring")
+_FIRST_WAIT = (_WAIT, "barrier_wait(ring + STEP_END, 0);")
 
 
 class Variant(NamedTuple):
@@ -52,9 +54,9 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "frame": Variant(((_NO_STEP, 2), (_NO_WAIT, 2), (_NO_COPY, 1)), "0"),
+    "frame": Variant(((_NO_STEP, 2), (_NO_WAIT, 2), (_NO_COPY, 1), (_NO_PREFETCH, 1)), "0"),
     "reading": Variant(((_NO_STEP, 2),)),
-    "arithmetic": Variant(((_FIRST_WAIT, 2), (_NO_COPY, 1)), "STAGES"),
+    "arithmetic": Variant(((_FIRST_STEP, 2), (_FIRST_WAIT, 2), (_NO_COPY, 1), (_NO_PREFETCH, 1)), "1"),
     "kernel": Variant(()),
 }
 

@@ -8,7 +8,8 @@
     exact_v       [num_layers, exact tokens of all sequences, num_kv_heads, head_size_v]
 
 The last two are in files of version 2: those of formats with exact sinks or a tail. Of each sequence they have the
-sinks, and then the tokens from its ``exact_from`` on that are no sinks, in order. Other files are of version 1.
+sinks, and then the tokens from its ``exact_from`` on that are no sinks, in order. Other files are of version 1. Formats
+with ``3t`` or ``4t``, whose bytes have changed, have versions 2.1 and 1.1.
 
 The checksum is BLAKE2b of the whole file with the checksum's own 64 hexadecimal digits read as zeros, so a flipped bit
 is found wherever it is. A header must also be, byte for byte, the one that this module writes for what it says: then
@@ -39,7 +40,7 @@ from kvfold.formats import TILE, KVFormat
 from kvfold.layout import PageLayout
 
 MAGIC = "kvfold-pages"
-VERSIONS = ("1", "2")
+VERSIONS = ("1", "1.1", "2", "2.1")
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in EXACT_DTYPES}
 
 _SAFETENSORS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -72,14 +73,16 @@ class Geometry:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ((None,) if self.version == "1" else DTYPES):
+        if self.dtype not in (DTYPES if self.version.startswith("2") else (None,)):
             raise ValueError(f"{self.dtype} is no dtype of exact tokens of {self.format}")
 
     @property
     def version(self) -> str:
         """Of files of this geometry."""
         fmt = KVFormat.parse(self.format)
-        return "2" if fmt.sinks or fmt.tail else "1"
+        # the bytes of these codes have changed since the first versions
+        changed = any(side.family == "trellis" and side.bits > 2 for side in (fmt.k, fmt.v))
+        return ("2" if fmt.sinks or fmt.tail else "1") + (".1" if changed else "")
 
     @property
     def layout(self) -> PageLayout:
@@ -351,7 +354,7 @@ class PageFile:
         if metadata.get("magic") != MAGIC:
             raise self._refusal(f"is no {MAGIC} file: its magic is {metadata.get('magic')!r}")
         if metadata.get("version") not in VERSIONS:
-            known = " and ".join(VERSIONS)
+            known = f"{', '.join(VERSIONS[:-1])} and {VERSIONS[-1]}"
             raise self._refusal(f"has version {metadata.get('version')!r}, and this kvfold reads versions {known}")
         try:
             self.contents = _contents(metadata)

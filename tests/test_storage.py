@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from kvfold import storage
 from kvfold.cache import PagedKVCache
 from kvfold.errors import CapacityError, FileFormatError, UnknownSequenceError
-from kvfold.storage import PageFile
+from kvfold.storage import VERSIONS, Geometry, PageFile
 
 LAYERS, HEADS, DK, DV = 2, 2, 16, 24
 SIZES: dict[str, Any] = {
@@ -533,10 +533,19 @@ def test_a_forgery_without_changes_is_a_good_file(saved: Path, saved_exact: Path
         assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("format", "version"), [("k4v4", "1"), ("k2tv2t", "1"), ("k4v3t", "1.1"), ("k4tv2+tail4", "2.1")]
+)
+def test_versions(format: str, version: str) -> None:
+    geometry = Geometry(format, 1, 1, 64, 64, 16, "float32" if "tail" in format else None)
+    assert geometry.version == version
+    assert version in VERSIONS
+
+
 @pytest.mark.parametrize("version", ["0", "3", "1.0", "", 1, None])
 def test_other_versions(saved: Path, version: object) -> None:
     forge(saved, lambda header: header["__metadata__"].update(version=version))
-    Refused()(saved, f"has version {version!r}, and this kvfold reads versions 1 and 2")
+    Refused()(saved, f"has version {version!r}, and this kvfold reads versions 1, 1.1, 2 and 2.1")
 
 
 @pytest.mark.parametrize(

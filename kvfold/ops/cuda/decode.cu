@@ -150,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     Query Q;
     Four raw[ROWS];
     u32 issued = 0;
-    u64 source = 0; // address of a copy that is still on its way to `addresses`
+    Source source = {0, NOWHERE}; // of a copy whose address comes to `addresses` the next time that half of them is replaced
     const u32 upcoming = pin(smem_address(addresses[warp]), lane);
     auto fetch = [&](u32 slot) {
         if (issued < copies && elected()) {
@@ -185,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         look_out(P, Q, item.y, item.x, lane);
         load_rows(P, raw, item.y, item.x, lane);
         look_up(P, copying[warp], source, 0, WINDOW, lane);
-        addresses[warp][lane] = source;
+        addresses[warp][lane] = address_of(P, source);
         look_up(P, copying[warp], source, 0, WINDOW / 2, lane);
     }
     // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.
@@ -273,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             if (issued % (WINDOW / 2) == 0) { // half of the addresses have been used, and what was looked up the last time is there
                 const u32 half = issued / (WINDOW / 2) % 2;
                 __syncwarp();
-                if (lane / 16 != half) addresses[warp][lane] = source;
+                if (lane / 16 != half) addresses[warp][lane] = address_of(P, source);
                 look_up(P, copying[warp], source, half * 16, WINDOW / 2, lane);
             }
             if (unchecked == CHECKED) relieve(S), unchecked = 0;

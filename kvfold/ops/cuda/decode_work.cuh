@@ -65,9 +65,19 @@ struct Copies {
     int step, left;
 };
 
-// The addresses of the copies of the next `steps` steps, in their order in the lanes from `first` on. 0: there is no such page.
-// With key references bit 0 is set in the second step of a page.
-__device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& source, u32 first, int steps, u32 lane) {
+// Where a copy is from: a page, as the table has it, which may still be on its way here, and a place in it.
+struct Source {
+    u32 page, offset; // offset NOWHERE: there is no such page
+};
+#define NOWHERE ~0u
+
+// Its address; 0: there is none. With key references bit 0 is set in the second step of a page.
+__device__ __forceinline__ u64 address_of(const Params& P, const Source& source) {
+    return source.offset == NOWHERE ? 0 : (u64)P.pages + (u64)source.page * P.page_stride + source.offset;
+}
+
+// The sources of the copies of the next `steps` steps, in their order in the lanes from `first` on.
+__device__ __forceinline__ void look_up(const Params& P, Copies& copies, Source& source, u32 first, int steps, u32 lane) {
     Copies c = copies;
     const int mine = (lane - first) / COPIES; // huge for lanes before the first
 #pragma unroll 1
@@ -77,15 +87,15 @@ __device__ __forceinline__ void look_up(const Params& P, Copies& copies, u64& so
         if (mine >= done && mine < done + n) {
             const int step = c.item.z + c.step + mine - done;
             const int page = step * STEP_TOKENS / PAGE + (PAGE == 16 ? lane & 1 : 0);
-            source = 0;
+            source.offset = NOWHERE;
             bool there = true; // of two pages in a step one may lie before or behind what is seen, and be anything
             if (PAGE == 16) {
                 const Sight s = sight(P, c.item.x);
                 there = page * 16 < s.length && (page + 1) * 16 > visible_from(P, s, 0);
             }
             if (there) {
-                source = (u64)P.pages + (u64)(u32)P.table[(i64)c.item.x * P.table_stride + page] * P.page_stride;
-                source += head_of(P, c.item.y) * PAGE_BYTES + (PAGE == 64 ? (step & 1) * (STEP_BYTES + MEAN) : 0);
+                source.page = P.table[(i64)c.item.x * P.table_stride + page];
+                source.offset = head_of(P, c.item.y) * PAGE_BYTES + (PAGE == 64 ? (step & 1) * (STEP_BYTES + MEAN) : 0);
             }
         }
         done += n, c.step += n, c.left -= n;
