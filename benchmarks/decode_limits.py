@@ -25,17 +25,19 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
-from kvfold.bench.cases import DecodeCase, select
+from kvfold.bench.cases import HEAD_SIZE, DecodeCase, select
+from kvfold.errors import NotBuiltError
 from kvfold.formats import KVFormat
 
 TIMES = {"k4v4": {"8x32768": 3.3, "32x8192": 3.3, "64x16384": 3.5, "1x131072": 3.0, "1x32768": 2.5, "8x4096": 2.5}}
 """How many times as fast as FlashAttention-3 a format should be."""
+PAGE_SIZE = 64
 
 _NO_STEP = (r"step<(true|false)>\(P, L, Q, S, slot[^;]*;", ";")
 _WAIT = r"barrier_wait\(slot \+ STEP_END, [^;]*\);"
@@ -101,8 +103,13 @@ def _compile_from(folder: Path) -> None:
         cache.cache_clear()
 
 
-def measure(cases: Sequence[DecodeCase], formats: Sequence[KVFormat], replays: int) -> dict[str, object]:
-    """Times in microseconds, each the mean of two rounds' medians, as kvfold bench takes them."""
+def measure(
+    cases: Sequence[DecodeCase], formats: Sequence[KVFormat], replays: int, write: Callable[[dict[str, object]], None]
+) -> None:
+    """Times in microseconds, each the mean of two rounds' medians, as kvfold bench takes them.
+
+    ``write`` gets what there is after every case, should the next one not end.
+    """
     import torch
 
     from kvfold.bench import ours, rivals
@@ -110,7 +117,7 @@ def measure(cases: Sequence[DecodeCase], formats: Sequence[KVFormat], replays: i
     from kvfold.bench.timing import Replayable, Timer, copy_bandwidth
 
     device = torch.device("cuda", torch.cuda.current_device())
-    setting = Setting(device, torch.cuda.get_device_properties(device).L2_cache_size, 64)
+    setting = Setting(device, torch.cuda.get_device_properties(device).L2_cache_size, PAGE_SIZE)
     timer = Timer(device, setting.l2_bytes)
     copy = copy_bandwidth(device)
     rows: list[dict[str, object]] = []
@@ -147,9 +154,9 @@ def measure(cases: Sequence[DecodeCase], formats: Sequence[KVFormat], replays: i
             row["wanted"] = baseline_us / factor if baseline_us and factor else None
             rows.append(row)
             print(line(row), flush=True)
+        write({"copy_bytes_per_second": copy, "l2_bytes": setting.l2_bytes, "rows": rows})
         del ready
         torch.cuda.empty_cache()
-    return {"copy_bytes_per_second": copy, "l2_bytes": setting.l2_bytes, "rows": rows}
 
 
 COLUMNS = ("us_at_copy_rate", "frame", "reading", "arithmetic", "kernel", "wanted", "fa3_bf16")
@@ -161,17 +168,24 @@ def line(row: dict[str, object]) -> str:
     return f"{row['case']:>12} {row['format']:<10}{values}"
 
 
+def positive(text: str) -> int:
+    """A number of replays on the command line."""
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(TIMES["k4v4"]), help="decode shapes of kvfold bench")
     parser.add_argument("--format", nargs="+", default=["k4v4"], help="formats")
-    parser.add_argument("--replays", type=int, default=30)
+    parser.add_argument("--replays", type=positive, default=30, help="of each measurement (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     try:
         cases = [case for case in select(args.shapes) if isinstance(case, DecodeCase)]
-        formats = [KVFormat.parse(text) for text in args.format]
-    except ValueError as error:
+        formats = [KVFormat.parse(text).require_built() for text in args.format]
+    except (ValueError, NotBuiltError) as error:
         parser.error(str(error))
     if not cases:
         parser.error(f"{', '.join(args.shapes)}: no shape of decoding; there are {', '.join(TIMES['k4v4'])} and others")
@@ -179,23 +193,33 @@ def main() -> None:
         parser.error(f"{args.json}: there is no folder {args.json.absolute().parent}")
     import torch
 
-    if not torch.cuda.is_available():
-        sys.exit("torch finds no CUDA device, and this measures the CUDA kernel on one")
     from kvfold.bench.rivals import load_libraries
     from kvfold.commands.bench import environment_of_gpu
+    from kvfold.layout import PageLayout
+    from kvfold.ops import cuda
 
+    for fmt in formats:
+        if reason := cuda.supports(PageLayout.of(fmt, HEAD_SIZE, None, PAGE_SIZE)):
+            parser.error(f"{fmt}: {reason}")
+    if not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device, and this measures the CUDA kernel on one")
+    if reason := cuda.available(torch.device("cuda", torch.cuda.current_device())):
+        sys.exit(reason)
     load_libraries()
     print(
         f"{'shape':>12} {'format':<10}"
         + "".join(f"{name.replace('us_at_copy_rate', 'at copy'):>11}" for name in COLUMNS)
     )
-    result = measure(cases, formats, args.replays)
-    if args.json is not None:
-        facts = {
-            "command": shlex.join(sys.argv),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "environment": environment_of_gpu(None),
-        }  # fmt: skip
-        args.json.write_text(json.dumps(facts | result, indent=1) + "\n", encoding="utf-8")
+    facts = {
+        "command": shlex.join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "environment": environment_of_gpu(None),
+    }  # fmt: skip
+
+    def write(result: dict[str, object]) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps(facts | result, indent=1) + "\n", encoding="utf-8")
+
+    measure(cases, formats, args.replays, write)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ def test_caches_are_compared_with_the_first() -> None:
         ("decode_limits", ["--shapes", "8x5"], "no shape is called '8x5'"),
         ("decode_limits", ["--shapes", "store-8"], "store-8: no shape of decoding"),
         ("decode_limits", ["--format", "k9v9"], "unknown format 'k9v9'"),
+        ("decode_limits", ["--format", "k8v8"], "k8v8: the CUDA kernels are built for"),
+        ("decode_limits", ["--replays", "0"], "'0' is no number above 0"),
         ("decode_limits", ["--json", "nowhere/x.json"], "there is no folder"),
         ("vllm_engine", [], "vLLM is not installed: pip install"),
         ("vllm_answers", ["--text", "nothing.txt"], "vLLM is not installed: pip install"),
