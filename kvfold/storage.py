@@ -362,6 +362,12 @@ class PageFile:
             expected = self.contents.header(self._checksum)
         except (ValueError, TypeError, KeyError, FormatError, NotBuiltError) as error:
             raise self._refusal(f"is damaged, or names what this kvfold does not know: {error}") from None
+        version = self.contents.geometry.version
+        if f"{metadata['version']}.1" == version:
+            raise self._refusal(
+                f"has version {metadata['version']!r}, and the bytes of {self.contents.geometry.format} have changed "
+                f"since: its files are of version {version} now; store the tokens anew and save them"
+            )
         if header != expected:
             raise self._refusal("is damaged: its header contradicts itself")
         self._data_start = len(header)

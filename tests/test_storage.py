@@ -542,6 +542,13 @@ def test_versions(format: str, version: str) -> None:
     assert version in VERSIONS
 
 
+def test_files_of_codes_that_have_changed_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    family(format="k4v3t").save(path)
+    forge(path, lambda header: header["__metadata__"].update(version="1"))
+    Refused()(path, "has version '1', and the bytes of k4v3t have changed since: its files are of version 1.1 now")
+
+
 @pytest.mark.parametrize("version", ["0", "3", "1.0", "", 1, None])
 def test_other_versions(saved: Path, version: object) -> None:
     forge(saved, lambda header: header["__metadata__"].update(version=version))
