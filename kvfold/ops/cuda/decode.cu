@@ -41,6 +41,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     u8* slice = shared + warp * SLICE;
     const u32 ring = pin(smem_address(slice), lane);
     const int cta_slot = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    if (!P.ready) wait_for_predecessors();
+    // what takes longest comes first
+#if !FIXED
+    Span spans[KNOWN];
+#pragma unroll
+    for (int k = 0; k < KNOWN; k++) spans[k] = 32 * k + lane < P.batch ? span(P, 32 * k + lane) : Span{0, 0};
+#endif
+    // what everybody needs next comes to L2, a line by each thread
+    const u32 line128 = (cta_slot * THREADS + threadIdx.x) * 128;
+    if (line128 < P.table_bytes) prefetch_l2((const u8*)P.table + line128);
+    if (line128 < P.q_bytes) prefetch_l2((const u8*)P.q + line128);
 
     if (lane == 0) {
 #pragma unroll
@@ -54,7 +65,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     if (threadIdx.x < 2) pending[threadIdx.x] = 0;
     const Lane L = lane_constants(P, lane);
-    if (!P.ready) wait_for_predecessors();
 
     // who does what: so many steps of the line of all steps, from this step of this item on
     int4 item = make_int4(0, 0, 0, 0);
@@ -80,16 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     const bool piecewise = false;
 #else
-    const Span first32 = lane < P.batch ? span(P, lane) : Span{0, 0};
-#endif
-
-    // what everybody needs next comes to L2, a line by each thread
-    const u32 line128 = (cta_slot * THREADS + threadIdx.x) * 128;
-    if (line128 < P.table_bytes) prefetch_l2((const u8*)P.table + line128);
-    if (line128 < P.q_bytes) prefetch_l2((const u8*)P.q + line128);
-
-#if !FIXED
-    const Deal plan = deal(P, first32.count, lane);
+    const Deal plan = deal(P, spans, lane);
     const bool piecewise = plan.piece;
     const u32 mine = blockIdx.x * WARPS + warp;
     u32 item_begin = 0; // the item's place in the line
@@ -103,7 +104,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         u32 before = 0;
 #pragma unroll 1
         for (int base = 0; base < P.batch; base += 32) { // the first sequence that ends beyond this place
-            const Span s = base == 0 ? first32 : base + lane < P.batch ? span(P, base + lane) : Span{0, 0};
+            Span s = spans[0];
+            if (base >= 32 * KNOWN) s = base + lane < P.batch ? span(P, base + lane) : Span{0, 0};
+#pragma unroll
+            for (int k = 1; k < KNOWN; k++)
+                if (base == 32 * k) s = spans[k];
             const u32 own = line_of(P, plan, s.count);
             u32 upto = own;
 #pragma unroll
@@ -181,12 +186,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         copying[warp] = {item, begin, copies};
     }
     __syncwarp();
+    // warps of the CTA that begin with the same item share the work of rotating q
+    const int cta_warp = cta_slot * WARPS; // the first one of this CTA in the grid
+    int leader = max(first_warp - cta_warp, 0), ranks = min(last_warp - cta_warp, WARPS - 1) + 1 - leader;
+    if (!FIXED && !piecewise) {
+        __syncthreads();
+        const int4 other = reading[lane % WARPS];
+        const u32 group = __ballot_sync(~0u, lane < WARPS && busy[lane % WARPS] && other.x == item.x && other.y == item.y);
+        leader = __ffs(group) - 1, ranks = __popc(group);
+    }
+    const int rank = warp - leader;
     if (copies) {
-        look_out(P, Q, item.y, item.x, lane);
-        load_rows(P, raw, item.y, item.x, lane);
         look_up(P, copying[warp], source, 0, WINDOW, lane);
+        load_rows(P, raw, item.y, item.x, rank, ranks, lane);
+        look_out(P, Q, item.y, item.x, lane);
         addresses[warp][lane] = address_of(P, source);
-        look_up(P, copying[warp], source, 0, WINDOW / 2, lane);
+        if (copies > WINDOW) look_up(P, copying[warp], source, 0, WINDOW / 2, lane);
     }
     // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.
     u32 words = 0;
@@ -204,18 +219,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     } else if (copies) {
         fetch(ring), filled = 1; // more would keep other CTAs' queries waiting
     }
-    { // neighbouring warps that begin with the same item share the work of rotating q
-        const int4 other = reading[lane % WARPS];
-        const u32 group = __ballot_sync(~0u, lane < WARPS && busy[lane % WARPS] && other.x == item.x && other.y == item.y);
-        const int leader = __ffs(group) - 1;
-        u8* const shared_query = shared + leader * SLICE + STAGES * SLOT_BYTES;
-        if (copies) rotate_rows(P, raw, shared_query, warp - leader, __popc(group), lane);
-        __syncthreads();
-        if (copies) load_query(Q, shared_query, lane);
+    u8* const shared_query = shared + leader * SLICE + STAGES * SLOT_BYTES;
+    if (copies && rank < ROWS) rotate_rows(P, raw, shared_query, rank, ranks, lane);
+    __syncthreads();
+    if (copies) load_query(Q, shared_query, lane);
 #if !FIXED
-        if (!plan.piece) __syncthreads(); // a leader may go on to another item, and overwrite
+    if (!plan.piece) __syncthreads(); // a leader may go on to another item, and overwrite
 #endif
-    }
 
     if (P.ready) wait_for_predecessors(); // the pages, and whoever still reads what will be written
 #pragma unroll 1
@@ -312,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             begin = 0;
             if (lane == 0) reading[warp] = item;
             look_out(P, Q, item.y, item.x, lane);
-            load_rows(P, raw, item.y, item.x, lane);
+            load_rows(P, raw, item.y, item.x, 0, 1, lane);
             u8* const query = slice + STAGES * SLOT_BYTES;
             rotate_rows(P, raw, query, 0, 1, lane);
             __syncwarp();
@@ -321,9 +331,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         }
 #endif
     }
-    __syncthreads();
 
-    const int cta_warp = cta_slot * WARPS; // the first one of this CTA in the grid
     if (FIXED || piecewise) {
         // No warp has more than one item. The CTA's warps of an item, from `low` to `high`, merge their partial results. If it has
         // none in other CTAs, the warps of the gap behind it help; they know the item too.
@@ -334,11 +342,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         const bool helps = sharing[warp] && warp - low < helpers;
         float* const target = inside ? (float*)(shared + low * SLICE) + PARTIAL
                                      : P.scratch + ((i64)cta_slot * SLOTS + (FIXED || begun ? 0 : 1)) * PARTIAL;
-        float* const slices = (float*)(shared + low * SLICE);
+        __syncthreads();
         if (helps) {
-            const Chain chain = {slices, slices + (members - 1) * (SLICE / 4), slices, SLICE / 4, members};
 #pragma unroll 1
-            for (int quad = warp - low; quad < 4 * NB; quad += helpers) merge(chain, 0, 1, target, inside, quad, lane);
+            for (int quad = warp - low; quad < 4 * NB; quad += helpers)
+                merge_own(smem_address(shared + low * SLICE), members, target, inside, quad, lane);
         }
         __syncthreads();
         if (helps && inside) {
@@ -350,6 +358,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
 #if !FIXED
     else {
+        __syncthreads();
         // Merge what the CTA's warps have of the same item: a chain of neighbouring warps, led by the one that begins the item,
         // or by the first if an earlier CTA does. Each warp merges some of the values.
         const bool known = lane < WARPS;

@@ -33,6 +33,7 @@
 #define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
 #define SLACK 32 // pieces may be longer than equal stretches by one part in so many
 #define LONG_PIECE 12 // steps
+#define KNOWN 4 // times 32 sequences, whose lengths the lanes of a warp keep while steps are dealt out
 #define CHECKED 256 // steps after which integer sums may be too large
 #define NOTHING -1e30f
 

@@ -66,10 +66,24 @@ struct Chain {
     int distance, count;
 };
 
+// One quad of what was merged: a partial result again, or rows of 128 coordinates and then the references and sums of rows.
+__device__ __forceinline__ void put(float4 o, float top, float total, float* to, bool rows, int quad, int lane) {
+    const int at = quad * 32 + lane, state = (quad >> 2) * 32 + lane;
+    if (rows) {
+        const int g = lane >> 2, row = (quad & ~3) + (lane & 3);
+        float* const at_row = to + row * D + coordinate_of(g, quad & 3);
+        *(float2*)at_row = make_float2(o.x, o.z);
+        *(float2*)(at_row + ROW_DISTANCE) = make_float2(o.y, o.w);
+        if (lane < 4 && (quad & 3) == 0) ((float2*)(to + ROWS * D))[row] = make_float2(top, total);
+    } else {
+        ((float4*)to)[at] = o;
+        if ((quad & 3) == 0) ((float2*)(to + NB * 512))[state] = make_float2(top, total);
+    }
+}
+
 // Merge one quad of the results first, first + stride... of a chain. What other CTAs wrote comes past L1, which nobody keeps
 // coherent. Four at a time, so that loads do not wait for each other. It is not inlined because instructions that were
-// fetched once are at hand the next time. The result is a partial result again, or rows of 128 coordinates and then the
-// references and sums of rows.
+// fetched once are at hand the next time.
 __device__ __noinline__ void merge(const Chain chain, int first, int stride, float* to, bool rows, int quad, int lane) {
     const int at = quad * 32 + lane, state = (quad >> 2) * 32 + lane;
     float top = NOTHING, total = 0.f;
@@ -97,16 +111,41 @@ __device__ __noinline__ void merge(const Chain chain, int first, int stride, flo
             total = fmaf(weight, s[k].y, total);
         }
     }
-    if (rows) {
-        const int g = lane >> 2, row = (quad & ~3) + (lane & 3);
-        float* const at_row = to + row * D + coordinate_of(g, quad & 3);
-        *(float2*)at_row = make_float2(o.x, o.z);
-        *(float2*)(at_row + ROW_DISTANCE) = make_float2(o.y, o.w);
-        if (lane < 4 && (quad & 3) == 0) ((float2*)(to + ROWS * D))[row] = make_float2(top, total);
-    } else {
-        ((float4*)to)[at] = o;
-        if ((quad & 3) == 0) ((float2*)(to + NB * 512))[state] = make_float2(top, total);
+    put(o, top, total, to, rows, quad, lane);
+}
+
+// Merge one quad of the partial results of `count` neighbouring warps, the first of them at `slices` in shared memory. It is
+// shorter than merge(), as lanes work out the weights of all results together: it runs once, and then most of the time goes
+// with fetching instructions.
+__device__ __forceinline__ void merge_own(u32 slices, int count, float* to, bool rows, int quad, int lane) {
+    static_assert(WARPS <= 16, "more results than there are lanes for a row of each");
+    float2 s[2]; // of results lane / 4 and lane / 4 + 8: reference and sum of row lane % 4
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+        const int n = (lane >> 2) + 8 * k;
+        const uint2 state = load_8(slices + min(n, count - 1) * SLICE + NB * 2048 + (quad >> 2) * 256 + (lane & 3) * 8);
+        s[k] = n < count ? make_float2(flt(state.x), flt(state.y)) : make_float2(-flt(0x7f800000u), 0.f);
     }
+    float top = fmaxf(fmaxf(s[0].x, s[1].x), NOTHING);
+#pragma unroll
+    for (int k = 4; k < 32; k <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
+    const float low = ex2(s[0].x - top), high = ex2(s[1].x - top); // weights
+    const float total = row_sum(fmaf(high, s[1].y, low * s[0].y));
+    float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll 1
+    for (int n = 0; n < count; n += 4) { // four loads do not wait for each other
+        uint4 v[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) v[k] = load_16(slices + min(n + k, count - 1) * SLICE + (quad * 32 + lane) * 16);
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            const float w = __shfl_sync(~0u, n < 8 ? low : high, 4 * ((n + k) & 7) + (lane & 3));
+            if (n + k >= count) continue;
+            o.x = fmaf(w, flt(v[k].x), o.x), o.y = fmaf(w, flt(v[k].y), o.y);
+            o.z = fmaf(w, flt(v[k].z), o.z), o.w = fmaf(w, flt(v[k].w), o.w);
+        }
+    }
+    put(o, top, total, to, rows, quad, lane);
 }
 
 // Normalise, un-rotate and write a row of an item.
@@ -116,10 +155,10 @@ __device__ __forceinline__ void finish(const Params& P, const float* from, int b
     const float4 v = ((const float4*)(from + r * D))[lane];
     const float2 state = ((const float2*)(from + ROWS * D))[r];
     const float top = state.x, total = state.y;
-    const float norm = total == 0.f ? 0.f : 0.08838834764831845f / total;
+    const float norm = total == 0.f ? 0.f : __fdividef(0.08838834764831845f, total);
     const float4 turned = hadamard(make_float4(v.x * norm, v.y * norm, v.z * norm, v.w * norm), lane);
     const int t = token_of(P, row), head = head_of(P, hr) * P.group + row - t * P.group, query_heads = P.heads * P.group;
-    const i64 at = (((i64)b * P.num_queries + t) * query_heads + head) * D + 4 * lane;
+    const i64 at = (i64)((b * P.num_queries + t) * query_heads + head) * D + 4 * lane;
     const u32 flips = signs(lane >> 3) >> (4 * (lane & 7));
     const float y0 = flt(bits(turned.x) ^ (flips << 31)), y1 = flt(bits(turned.y) ^ (flips >> 1 << 31));
     const float y2 = flt(bits(turned.z) ^ (flips >> 2 << 31)), y3 = flt(bits(turned.w) ^ (flips >> 3 << 31));
@@ -129,7 +168,7 @@ __device__ __forceinline__ void finish(const Params& P, const float* from, int b
     *(uint2*)((unsigned short*)P.out + at) = make_uint2(pack2(y0, y1), pack2(y2, y3));
 #endif
     if (lane == 0)
-        P.lse[((i64)b * query_heads + head) * P.num_queries + t] =
+        P.lse[(b * query_heads + head) * P.num_queries + t] =
             (total == 0.f ? -flt(0x7f800000u) : top + lg2(total)) * 0.6931471805599453f;
 }
 

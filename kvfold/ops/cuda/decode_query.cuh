@@ -44,20 +44,23 @@ __device__ __forceinline__ u32 bits_of(const Four& v) {
 #endif
 }
 
-// Four neighbouring coordinates of each row of an item, as they are.
-__device__ __forceinline__ void load_rows(const Params& P, Four (&raw)[ROWS], int hr, int b, int lane) {
-    const int h = head_of(P, hr), last = P.num_queries * P.group - 1;
-    int row = min(block_of(P, hr) * ROWS, last), t = token_of(P, row), j = row - t * P.group;
+// Four neighbouring coordinates of rows of an item (those with number `rank` modulo `ranks`), as they are; of others zeros.
+__device__ __forceinline__ void load_rows(const Params& P, Four (&raw)[ROWS], int hr, int b, int rank, int ranks, int lane) {
+    constexpr int SIZE = QTYPE == 2 ? 4 : 2;
+    const int last = P.num_queries * P.group - 1, first = block_of(P, hr) * ROWS;
+    const u8* const from = (const u8*)P.q + (b * P.q_stride_b + head_of(P, hr) * P.group * P.q_stride_h + 4 * lane) * SIZE;
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        const i64 at = b * P.q_stride_b + t * P.q_stride_t + (h * P.group + j) * P.q_stride_h + 4 * lane;
-        raw[r] = *(const Four*)((const u8*)P.q + at * (QTYPE == 2 ? 4 : 2));
-        if (row++ < last && ++j == P.group) j = 0, t++;
+        raw[r] = {};
+        if (rank-- != 0) continue;
+        rank = ranks - 1;
+        const int row = min(first + r, last), t = token_of(P, row);
+        raw[r] = *(const Four*)(from + (t * P.q_stride_t + (row - t * P.group) * P.q_stride_h) * SIZE);
     }
 }
 
-// Rotate rows of an item (those with number `rank` modulo `ranks`) and cut them into bytes: [row][high, low][128
-// coordinates], and for each row the value of a unit and the sum.
+// Rotate the rows that load_rows had and cut them into bytes: [row][high, low][128 coordinates], and for each row the value
+// of a unit and the sum.
 __device__ __forceinline__ void rotate_rows(const Params& P, Four (&raw)[ROWS], u8* to, int rank, int ranks, int lane) {
     const u32 flips = signs(lane >> 3) >> (4 * (lane & 7));
     u32* words = (u32*)to;
@@ -102,6 +105,12 @@ __device__ __forceinline__ void rotate_rows(const Params& P, Four (&raw)[ROWS], 
 __device__ __forceinline__ void look_out(const Params& P, Query& Q, int hr, int b, int lane) {
     const int block = block_of(P, hr), rows = P.num_queries * P.group;
     const Sight s = sight(P, b);
+    if (P.num_queries == 1) {
+        Q.inner_from = visible_from(P, s, 0), Q.inner_to = visible_to(P, s, 0);
+#pragma unroll
+        for (int nb = 0; nb < NB; nb++) Q.from[nb] = Q.inner_from, Q.to[nb] = Q.inner_to;
+        return;
+    }
     Q.inner_from = 0;
     Q.inner_to = 0x7fffffff;
 #pragma unroll

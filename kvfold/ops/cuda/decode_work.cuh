@@ -145,18 +145,21 @@ __device__ __forceinline__ u32 line_of(const Params& P, const Deal& d, u32 steps
     return d.gaps ? (places + WARPS - 1) / WARPS * WARPS : places;
 }
 
-// Of all sequences.
-__device__ __forceinline__ u32 sum_places(const Params& P, const Deal& d, int first, int lane) {
-    u32 sum = line_of(P, d, first);
+// Of all sequences; `first` is those of the first ones, 32 * KNOWN.
+__device__ __forceinline__ u32 sum_places(const Params& P, const Deal& d, const Span (&first)[KNOWN], int lane) {
+    u32 sum = line_of(P, d, first[0].count);
+#pragma unroll
+    for (int k = 1; k < KNOWN; k++)
+        if (32 * k < P.batch) sum += line_of(P, d, first[k].count);
 #pragma unroll 1
-    for (int b = 32 + lane; b < P.batch; b += 32) sum += line_of(P, d, span(P, b).count);
+    for (int b = 32 * KNOWN + lane; b < P.batch; b += 32) sum += line_of(P, d, span(P, b).count);
     return __reduce_add_sync(~0u, sum);
 }
 
 // Whole pieces are better, as no warp has to change from one item to another, if they make no warp much slower. Of long ones each
 // warp has one if lengths allow, so that all SMs read. Of short ones there are as few as possible, so that an item is few CTAs;
 // and if half of the SMs are enough for it, with one step a warp or two, each item is in one CTA, with gaps between them.
-__device__ __forceinline__ Deal deal(const Params& P, int first, int lane) {
+__device__ __forceinline__ Deal deal(const Params& P, const Span (&first)[KNOWN], int lane) {
     const u32 all = gridDim.x * WARPS;
     Deal d = {0, 0, all, 0.f, 0.f, false};
     d.total = sum_places(P, d, first, lane);
