@@ -89,13 +89,13 @@ def variant_of_kernel(name: str) -> Iterator[None]:
         file = Path(copy, "decode.cu")
         file.write_text(changed(file.read_text(encoding="utf-8"), VARIANTS[name]), encoding="utf-8")
         try:
-            _compile_from(Path(copy))
+            compile_from(Path(copy))
             yield
         finally:
-            _compile_from(folder)
+            compile_from(folder)
 
 
-def _compile_from(folder: Path) -> None:
+def compile_from(folder: Path) -> None:
     from kvfold.ops.cuda import decode, runtime
 
     runtime.FOLDER = folder

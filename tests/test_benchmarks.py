@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,12 @@ def test_caches_are_compared_with_the_first() -> None:
         ("decode_limits", ["--format", "k8v8"], "k8v8: the CUDA kernels are built for"),
         ("decode_limits", ["--replays", "0"], "'0' is no number above 0"),
         ("decode_limits", ["--json", "nowhere/x.json"], "there is no folder"),
+        ("decode_timeline", ["--shapes", "8x5"], "no shape is called '8x5'"),
+        ("decode_timeline", ["--shapes", "store-8"], "store-8: no shape of decoding"),
+        ("decode_timeline", ["--format", "k9v9"], "unknown format 'k9v9'"),
+        ("decode_timeline", ["--format", "k8v8"], "k8v8: the CUDA kernels are built for"),
+        ("decode_timeline", ["--replays", "0"], "'0' is no number above 0"),
+        ("decode_timeline", ["--json", "nowhere/x.json"], "there is no folder"),
         ("vllm_engine", [], "vLLM is not installed: pip install"),
         ("vllm_answers", ["--text", "nothing.txt"], "vLLM is not installed: pip install"),
         ("vllm_fidelity", ["--text", "a", "--haystack", "b"], "vLLM is not installed: pip install"),
@@ -201,3 +208,74 @@ def test_parts_of_the_decode_kernel_can_be_left_out() -> None:
     assert "barrier_wait(" not in texts["frame"]
     with pytest.raises(ValueError, match=r"decode\.cu has .* 0 times and not 2"):
         limits.changed("", limits.VARIANTS["reading"])
+
+
+def test_timeline_stamps_every_point_in_the_order_of_the_source() -> None:
+    timeline = script("decode_timeline")
+    source = (FOLDER.parent / "kvfold" / "ops" / "cuda" / "decode.cu").read_text(encoding="utf-8")
+    text = timeline.stamped(source)
+    numbers = [int(number) for number in re.findall(r"(?:STAMP|MET)\((\d+)\)", text)]
+    assert list(dict.fromkeys(numbers)) == list(range(len(timeline.NAMES)))
+    twice = [name for k, name in enumerate(timeline.NAMES) if numbers.count(k) != 1]
+    assert twice == ["met", "merged"]  # in two branches, of which a launch takes one
+    assert sorted(numbers) == sorted([*range(len(timeline.NAMES)), *map(timeline.NAMES.index, twice)])
+    times = [int(number) for number in re.findall(r"TIME\((\d+)\)", text)]
+    assert times == list(range(len(timeline.NAMES), timeline.COLUMNS))
+    assert timeline.TIMED == ["entry", "steps", "end"]
+    behind_barriers = [timeline.NAMES[int(number)] for number in re.findall(r"MET\((\d+)\)", text)]
+    assert behind_barriers == ["q there", "rotated", "met", "met", "counted"]
+    assert len(re.findall(r"__syncthreads\(\);\n *MET", text)) == 3  # met twice, counted
+
+
+def test_timeline_refuses_a_source_without_a_point() -> None:
+    timeline = script("decode_timeline")
+    source = (FOLDER.parent / "kvfold" / "ops" / "cuda" / "decode.cu").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"decode\.cu has the point 'entry', .* 0 times and not 1"):
+        timeline.stamped("")
+    for point in timeline.POINTS:
+        if point.name not in ("dealt", "waited"):  # whose lines are those of the points before
+            others = source
+            for own in re.finditer(point.pattern, source):
+                others = others.replace(own.group(), "")
+            with pytest.raises(ValueError, match=f"the point '{point.name}', .* 0 times and not {point.found}"):
+                timeline.stamped(others)
+
+
+def test_timeline_gives_the_kernel_its_buffer_meanwhile() -> None:
+    from kvfold.ops.cuda import decode, runtime
+
+    timeline, buffer = script("decode_timeline"), torch.zeros(4)
+    before, folder, params = runtime.sources("decode.cu"), runtime.FOLDER, decode._Params
+    with timeline.stamped_kernel(buffer):
+        made = decode._Params(batch=3)
+        assert isinstance(made, params)
+        assert (made.batch, made.mask) == (3, buffer.data_ptr())
+        assert runtime.sources("decode.cu") == before | {"decode.cu": timeline.stamped(before["decode.cu"])}
+    assert (runtime.FOLDER, decode._Params) == (folder, params)
+    assert decode._Params().mask is None
+
+
+def test_timeline_of_stamps() -> None:
+    timeline = script("decode_timeline")
+    steps, end = timeline.NAMES.index("steps"), len(timeline.NAMES) - 1
+    stamps = torch.zeros(3, 2, timeline.WARPS, timeline.COLUMNS, dtype=torch.int64)
+    for cta in range(2):
+        for warp in range(2):
+            its = stamps[:, cta, warp]
+            its[:, : end + 1] = 10**6 * (cta + 1) + 1500 * (warp + 1) * torch.arange(end + 1)
+            entered = 5000 + 100 * cta
+            its[:, end + 1 :] = entered + 1000 * (warp + 1) * torch.tensor([0, steps, end])
+    stamps[..., timeline.NAMES.index("merged")] = 0
+    stamps[:, 0, 2, 0], stamps[:, 0, 2, end + 1] = 10**6, 4900  # enters first, and has no steps
+    result = timeline.evaluate(stamps)
+    assert result["mhz"] == pytest.approx(1500)
+    assert result["warps"] == 4
+    assert list(result["points"]) == timeline.NAMES
+    assert result["points"]["entry"] == {"median": 0, "p98": 0}
+    assert result["points"]["merged"] is None
+    assert result["points"]["steps"] == pytest.approx({"median": steps, "p98": 2 * steps})
+    ends = {"last_entry": 0.2, "min": steps + 0.1, "mean": 1.5 * steps + 0.15, "max": 2 * steps + 0.2}
+    assert result["loop_ends"] == pytest.approx(ends | {"between_ctas": 0.1, "within_cta": steps})
+    lines = timeline.table({"case": "8x10", "format": "k4v4", "calls": 2, "us": 9.0, "us_stamped": 9.5} | result)
+    assert "8x10 k4v4, replays of 2 calls: 9.00 us a call, 9.50 stamped; 4 warps have steps; 1500 MHz" in lines
+    assert [line.split()[-2:] for line in lines.splitlines() if "merged" in line] == [["-", "-"]]

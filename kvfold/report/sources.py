@@ -53,6 +53,7 @@ WITHOUT_FIGURES = {
     "kvfold formats": frozenset(("formats", "not_built")),
     "kvfold tune": frozenset(("frontier", "held_out", "chosen")),
     "benchmarks/decode_limits.py": frozenset(("copy_bytes_per_second", "l2_bytes", "rows")),
+    "benchmarks/decode_timeline.py": frozenset(("l2_bytes", "points", "rows")),
     "benchmarks/vllm_answers.py": frozenset(("modes", "settings")),
     "benchmarks/vllm_fidelity.py": frozenset(("engines", "difference")),
 }
