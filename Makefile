@@ -6,13 +6,14 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+SANITIZER ?= compute-sanitizer
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 VLLM_PIP := $(VLLM)/bin/python -m pip --disable-pip-version-check
 # One thread a worker: workers whose OpenMP threads outnumber the cores wait for each other most of the time.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help run test test-slow test-all test-vllm lint bench clean
+.PHONY: help run test test-slow test-all test-vllm lint bench sanitize clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -42,6 +43,19 @@ bench: $(READY)  ## the kernels beside others on a CUDA device; without one the 
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/kvfold bench --json benchmarks/results/bench.json --plot benchmarks/results/bench.png; \
 	else $(BIN)/kvfold compare --json; fi
+
+# Plainly first, which compiles the kernels and keeps them. Without PyTorch's caching each tensor is an allocation of its
+# own, so that memcheck sees reads past its end. API errors are left out, as cuda-bindings asks the driver for functions
+# that it need not know; those of a launch are exceptions. Racecheck leaves out cuDNN's attention, which prefill calls and
+# in which it reports hazards: --kernel-name-exclude is of Compute Sanitizer 2023.3 (CUDA 12.3) and newer, before it was
+# --kernel-regex-exclude.
+sanitize: $(READY)  ## small cases of every CUDA kernel on a GPU, plainly and under compute-sanitizer
+	@command -v $(SANITIZER) >/dev/null || { \
+	  echo "$(SANITIZER) is not there: NVIDIA's CUDA toolkit has it in its bin folder; SANITIZER=path says where"; exit 1; }
+	$(BIN)/python tests/sanitized.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck --report-api-errors no --error-exitcode 1 \
+	  $(BIN)/python tests/sanitized.py
+	$(SANITIZER) --tool racecheck --kernel-name-exclude kns=cudnn --error-exitcode 1 $(BIN)/python tests/sanitized.py
 
 clean:  ## remove .venv, .venv-vllm and every cache in this folder
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

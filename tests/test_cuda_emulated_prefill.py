@@ -14,9 +14,11 @@ from unittest import mock
 
 import emulator
 import pytest
+import sanitized
 import torch
 from cuda_cases import BF16, F16, TOLERANCE, same
 from emulator import EmulatedDevice, emulated_device
+from emulator.device import EmulatedKernel
 from ops_cases import empty_cache, expected, fill, make_cache, noise, sees
 
 from kvfold import ops
@@ -308,3 +310,19 @@ def test_peaks_of_a_chunk(device: EmulatedDevice) -> None:
     v[7, 0, 127] = 300.0
     got = expand.find_peaks(cache.pages, cache.table, layout, tokens=0, chunk=(k, v))
     assert got.tolist() == [400.0, 2400.0]
+
+
+# --- sanitized.py -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_cases_for_the_sanitizer_are_right_and_wrong_if_no_kernel_runs(
+    launched: bool, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first case of each kind."""
+    monkeypatch.setattr(dense, "cudnn", cudnn)
+    if not launched:
+        monkeypatch.setattr(EmulatedKernel, "launch", lambda *args, **options: None)
+    cases = list({case.kind: case for case in reversed(sanitized.CASES)}.values())
+    assert len(cases) == 6
+    assert sanitized.check(cases, torch.device("cpu")) == (0 if launched else 6)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sanitized
 import torch
 
 from kvfold.layout import PageLayout
@@ -304,3 +305,21 @@ def test_structures_have_the_sizes_that_the_kernel_expects() -> None:
     ]  # fmt: skip
     assert [ctypes.sizeof(kind) for kind in (expand._Levels, expand._Window, expand._Chunk)] == [20, 112, 64]
     assert struct.calcsize("P") == 8
+
+
+# --- sanitized.py -----------------------------------------------------------------------------------------------------
+
+
+def test_cases_for_the_sanitizer_are_listed_anywhere_and_run_on_a_gpu_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert sanitized.main(["--list", "decode", "mean"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == len(set(listed)) > 1
+    assert all("decode" in line and "mean" in line for line in listed)
+    with pytest.raises(SystemExit, match="2"):
+        sanitized.main(["nonsense"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capsys.readouterr()
+    assert sanitized.main([]) == 1
+    assert capsys.readouterr().err == "sanitized.py cannot run: there is no CUDA device\n"
