@@ -175,11 +175,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command_line(about: str, replays: int, help: str) -> tuple[list[DecodeCase], list[KVFormat], argparse.Namespace]:
+    """What is to be measured. Wrong input is refused, and so is a machine that cannot measure it."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(TIMES["k4v4"]), help="decode shapes of kvfold bench")
     parser.add_argument("--format", nargs="+", default=["k4v4"], help="formats")
-    parser.add_argument("--replays", type=positive, default=30, help="of each measurement (%(default)s)")
+    parser.add_argument("--replays", type=positive, default=replays, help=f"{help} (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     try:
@@ -193,8 +194,6 @@ def main() -> None:
         parser.error(f"{args.json}: there is no folder {args.json.absolute().parent}")
     import torch
 
-    from kvfold.bench.rivals import load_libraries
-    from kvfold.commands.bench import environment_of_gpu
     from kvfold.layout import PageLayout
     from kvfold.ops import cuda
 
@@ -205,21 +204,35 @@ def main() -> None:
         sys.exit("torch finds no CUDA device, and this measures the CUDA kernel on one")
     if reason := cuda.available(torch.device("cuda", torch.cuda.current_device())):
         sys.exit(reason)
-    load_libraries()
-    print(
-        f"{'shape':>12} {'format':<10}"
-        + "".join(f"{name.replace('us_at_copy_rate', 'at copy'):>11}" for name in COLUMNS)
-    )
+    return cases, formats, args
+
+
+def writer(file: Path | None) -> Callable[[dict[str, object]], None]:
+    """Writes results to the file, if there is one, with what tells where they are from."""
+    from kvfold.commands.bench import environment_of_gpu
+
     facts = {
         "command": shlex.join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "environment": environment_of_gpu(None),
     }  # fmt: skip
 
     def write(result: dict[str, object]) -> None:
-        if args.json is not None:
-            args.json.write_text(json.dumps(facts | result, indent=1) + "\n", encoding="utf-8")
+        if file is not None:
+            file.write_text(json.dumps(facts | result, indent=1) + "\n", encoding="utf-8")
 
-    measure(cases, formats, args.replays, write)
+    return write
+
+
+def main() -> None:
+    cases, formats, args = command_line(__doc__ or "", 30, "of each measurement")
+    from kvfold.bench.rivals import load_libraries
+
+    load_libraries()
+    print(
+        f"{'shape':>12} {'format':<10}"
+        + "".join(f"{name.replace('us_at_copy_rate', 'at copy'):>11}" for name in COLUMNS)
+    )
+    measure(cases, formats, args.replays, writer(args.json))
 
 
 if __name__ == "__main__":

@@ -25,25 +25,19 @@ kernel as it is and `stamped`: the difference is what stamps cost. Needs a GPU o
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
-import shlex
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from decode_limits import PAGE_SIZE, TIMES, compile_from, positive
+from decode_limits import PAGE_SIZE, command_line, compile_from, writer
 
-from kvfold.bench.cases import HEAD_SIZE, DecodeCase, select
-from kvfold.errors import NotBuiltError
+from kvfold.bench.cases import DecodeCase
 from kvfold.formats import KVFormat
 
 if TYPE_CHECKING:
@@ -240,44 +234,8 @@ def table(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(TIMES["k4v4"]), help="decode shapes of kvfold bench")
-    parser.add_argument("--format", nargs="+", default=["k4v4"], help="formats")
-    parser.add_argument("--replays", type=positive, default=8, help="whose stamps are read (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    try:
-        cases = [case for case in select(args.shapes) if isinstance(case, DecodeCase)]
-        formats = [KVFormat.parse(text).require_built() for text in args.format]
-    except (ValueError, NotBuiltError) as error:
-        parser.error(str(error))
-    if not cases:
-        parser.error(f"{', '.join(args.shapes)}: no shape of decoding; there are {', '.join(TIMES['k4v4'])} and others")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"{args.json}: there is no folder {args.json.absolute().parent}")
-    import torch
-
-    from kvfold.commands.bench import environment_of_gpu
-    from kvfold.layout import PageLayout
-    from kvfold.ops import cuda
-
-    for fmt in formats:
-        if reason := cuda.supports(PageLayout.of(fmt, HEAD_SIZE, None, PAGE_SIZE)):
-            parser.error(f"{fmt}: {reason}")
-    if not torch.cuda.is_available():
-        sys.exit("torch finds no CUDA device, and this measures the CUDA kernel on one")
-    if reason := cuda.available(torch.device("cuda", torch.cuda.current_device())):
-        sys.exit(reason)
-    facts = {
-        "command": shlex.join(sys.argv), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "environment": environment_of_gpu(None),
-    }  # fmt: skip
-
-    def write(result: dict[str, object]) -> None:
-        if args.json is not None:
-            args.json.write_text(json.dumps(facts | result, indent=1) + "\n", encoding="utf-8")
-
-    measure(cases, formats, args.replays, write)
+    cases, formats, args = command_line(__doc__ or "", 8, "whose stamps are read")
+    measure(cases, formats, args.replays, writer(args.json))
 
 
 if __name__ == "__main__":
