@@ -6,7 +6,7 @@
 median and the 98 % quantile over the warps that have steps, in the last call of every replay. What a warp has asked
 for need not be there then; the point behind the first use of it tells.
 
-* `entry`; `lengths`: the first lengths are asked for; `dealt`: all are there; `item`: who does what is known;
+* `entry`; `item`: the warp has its part of the schedule, which was made ahead;
 * `looked up`: pages are asked for; `rows`: so are the rows of q; `addresses`: those of the first pages are there;
 * `q there`: for all warps of the CTA; `rotated`: q is in registers; `waited`: the kernels ahead have ended;
 * `filled`: the ring's copies are under way; `first data`: the first one's bytes are there; `steps`: all are done;
@@ -62,8 +62,6 @@ POINTS = (
     # behind the device's clock, which would take its time before all other points; at the end likewise, so that cycles
     # and microseconds are of the same stretch
     Point("entry", r"const int cta_slot = .*;", r"\g<0> TIME STAMP"),
-    Point("lengths", r"const Deal plan = deal\(.*;", r"STAMP \g<0>"),
-    Point("dealt", r"const Deal plan = deal\(.*;", r"\g<0> STAMP"),
     Point("item", r"Query Q;", r"STAMP \g<0>"),
     Point("looked up", r"look_up\(.*, 0, WINDOW, lane\);", r"\g<0> STAMP"),
     Point("rows", r"load_rows\(.*, rank, ranks, lane\);", r"\g<0> STAMP"),
@@ -129,9 +127,9 @@ def stamped(source: str) -> str:
 @contextmanager
 def stamped_kernel(buffer: torch.Tensor) -> Iterator[None]:
     """Compile decode.cu with stamps meanwhile; launches, replays of captured ones too, write them to the buffer."""
-    from kvfold.ops.cuda import decode, runtime
+    from kvfold.ops.cuda import runtime, schedule
 
-    folder, params = runtime.FOLDER, decode._Params
+    folder, params = runtime.FOLDER, schedule.Params
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
         file = Path(copy, "decode.cu")
@@ -139,10 +137,10 @@ def stamped_kernel(buffer: torch.Tensor) -> Iterator[None]:
         try:
             compile_from(Path(copy))
             # a call without a mask does not set it, and the kernel that is compiled for such calls does not look at it
-            decode._Params = partial(params, mask=buffer.data_ptr())
+            schedule.Params = partial(params, mask=buffer.data_ptr())
             yield
         finally:
-            decode._Params = params
+            schedule.Params = params
             compile_from(folder)
 
 

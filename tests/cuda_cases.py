@@ -15,6 +15,7 @@ from kvfold import ops
 from kvfold.layout import PageLayout
 from kvfold.ops import reference
 from kvfold.ops.cuda import decode, store
+from kvfold.ops.options import DecodeSchedule
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 TOLERANCE = {BF16: 4e-3, F16: 1e-3, F32: 5e-4}
@@ -218,6 +219,17 @@ def compare(got: State, want: Truth) -> None:
 def attend(cache: Cache, q: torch.Tensor, **options: Any) -> State:
     options.setdefault("scale", 128**-0.5)
     return ops.decode_attention(q, cache.pages, cache.table, cache.lengths, cache.layout, **options)
+
+
+def scheduled(cache: Cache, q: torch.Tensor, **options: Any) -> DecodeSchedule | None:
+    """The schedule of :func:`attend`'s call with these options, complete when it is returned."""
+    made = ops.schedule_decode(
+        cache.lengths, cache.layout, q.shape[2], cache.pages.shape[1], query_tokens=q.shape[1],
+        **{name: value for name, value in options.items() if name in ("first", "query_start", "lag", "window")},
+    )  # fmt: skip
+    if cache.pages.is_cuda:
+        torch.cuda.synchronize()
+    return made
 
 
 def check(cache: Cache, q: torch.Tensor, times: int = 1, batch_invariant: bool = False, **options: Any) -> State:

@@ -89,9 +89,16 @@ def run_decode(
         options["mask"] = noise(len(lengths), queries, max(lengths), seed=8) > -0.5
     many_q, table, ends = (torch.cat([x] * times).to(device) for x in (q, cache.table, cache.lengths))
     given: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+    with ops.backend("cuda"):
+        made = ops.schedule_decode(
+            ends, layout, group * HEADS, HEADS, query_tokens=queries,
+            **{name: value for name, value in given.items() if name in ("first", "query_start", "lag", "window")},
+        )  # fmt: skip
     pages = stored(cache, noises(sum(lengths)), device)
     with ops.backend("cuda"):
-        out, lse = ops.decode_attention(many_q, pages, table, ends, layout, scale=SCALE, inputs_ready=True, **given)
+        out, lse = ops.decode_attention(
+            many_q, pages, table, ends, layout, scale=SCALE, inputs_ready=True, schedule=made, **given
+        )
     with ops.backend("reference"):
         want, top = ops.decode_attention(
             q.float(), pages.cpu(), cache.table, cache.lengths, layout, scale=SCALE, **options

@@ -233,7 +233,7 @@ def test_timeline_refuses_a_source_without_a_point() -> None:
     with pytest.raises(ValueError, match=r"decode\.cu has the point 'entry', .* 0 times and not 1"):
         timeline.stamped("")
     for point in timeline.POINTS:
-        if point.name not in ("dealt", "waited"):  # whose lines are those of the points before
+        if point.name != "waited":  # whose line is that of the point before
             others = source
             for own in re.finditer(point.pattern, source):
                 others = others.replace(own.group(), "")
@@ -242,17 +242,17 @@ def test_timeline_refuses_a_source_without_a_point() -> None:
 
 
 def test_timeline_gives_the_kernel_its_buffer_meanwhile() -> None:
-    from kvfold.ops.cuda import decode, runtime
+    from kvfold.ops.cuda import runtime, schedule
 
     timeline, buffer = script("decode_timeline"), torch.zeros(4)
-    before, folder, params = runtime.sources("decode.cu"), runtime.FOLDER, decode._Params
+    before, folder, params = runtime.sources("decode.cu"), runtime.FOLDER, schedule.Params
     with timeline.stamped_kernel(buffer):
-        made = decode._Params(batch=3)
+        made = schedule.Params(batch=3)
         assert isinstance(made, params)
         assert (made.batch, made.mask) == (3, buffer.data_ptr())
         assert runtime.sources("decode.cu") == before | {"decode.cu": timeline.stamped(before["decode.cu"])}
-    assert (runtime.FOLDER, decode._Params) == (folder, params)
-    assert decode._Params().mask is None
+    assert (runtime.FOLDER, schedule.Params) == (folder, params)
+    assert schedule.Params().mask is None
 
 
 def test_timeline_of_stamps() -> None:

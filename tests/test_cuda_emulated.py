@@ -15,7 +15,7 @@ from typing import Any
 import emulator
 import pytest
 import torch
-from cuda_cases import BF16, F16, F32, attend, check, compare, pick, queries, same, stored, truth
+from cuda_cases import BF16, F16, F32, attend, check, compare, pick, queries, same, scheduled, stored, truth
 from emulator import BLOCKS_BACKWARDS, LATE_COPIES, SEED, THREADS_BACKWARDS, EmulatedDevice, emulated_device
 from emulator.device import STRUCTURES
 from emulator.ptx import UnknownInstructionError, translate
@@ -25,6 +25,7 @@ from kvfold import ops
 from kvfold.errors import ShapeError
 from kvfold.layout import PageLayout
 from kvfold.ops.cuda import decode, expand, prefill, references, runtime, store
+from kvfold.ops.cuda import schedule as dealing
 from kvfold.ops.options import AttentionOptions
 
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
@@ -247,10 +248,10 @@ def test_warps_to_spare(lengths: tuple[int, ...], heads: int, group: int) -> Non
     with emulated_device(multiprocessors=12) as device, ops.backend("cuda"):
         cache = stored(lengths, heads=heads)
         q = queries(cache, group)
-        want = check(cache, q)
+        want, made = check(cache, q), scheduled(cache, q)
         for schedule in SCHEDULES[3:5]:
             device.schedule = schedule
-            assert same(attend(cache, q, inputs_ready=True), want)
+            assert same(attend(cache, q, inputs_ready=True, schedule=made), want)
 
 
 def test_one_long_sequence_among_short_ones(device: EmulatedDevice) -> None:
@@ -282,10 +283,15 @@ def test_inputs_that_are_ready_change_no_bit(invariant: bool, page_size: int, de
     cache = stored((900, 1, 0, 64, 333, 40), page_size=page_size)
     q = queries(cache)
     want = attend(cache, q, batch_invariant=invariant)
-    assert same(attend(cache, q, batch_invariant=invariant, inputs_ready=True), want)
+    ready = {"batch_invariant": invariant, "inputs_ready": True}
+    assert same(attend(cache, q, **ready), want)  # but for the schedule, where there is none
+    ready["schedule"] = scheduled(cache, q)
+    device.launches.clear()
+    assert same(attend(cache, q, **ready), want)
+    assert [name for name, _ in device.launches] == ["decode"]
     # these are copied first, by a kernel that is ahead then
     strided = q.transpose(1, 3).contiguous().transpose(1, 3)
-    assert same(attend(cache, strided, batch_invariant=invariant, inputs_ready=True), want)
+    assert same(attend(cache, strided, **ready), want)
     given = torch.full_like(q, torch.nan)
     got = attend(cache, q, batch_invariant=invariant, out=given)
     assert got[0] is given
@@ -406,7 +412,7 @@ def test_hard(name: str, group: int, one_multiprocessor: EmulatedDevice) -> None
 def test_a_row_that_sees_nothing_while_sums_of_others_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """All values are the same, so every row's result is, too; one row sees the last hundred of 128 000 tokens alone."""
     tokens, x = 128_000, noise(128, seed=3).expand(64, 1, 128).contiguous()
-    monkeypatch.setattr(decode, "_WARPS", {1: 4, 2: 8})  # so each has a sequence
+    monkeypatch.setattr(dealing, "WARPS", {1: 4, 2: 8})  # so each has a sequence
     with emulated_device(1, largest_piece=4096), ops.backend("cuda"):
         cache = empty_cache(PageLayout.of("k2v2", 128), (64,), heads=1)
         fill(cache, 0, x, x)
@@ -427,7 +433,7 @@ def test_sums_that_would_overflow(group: int, one_multiprocessor: EmulatedDevice
     cache = empty_cache(PageLayout.of("k2v2", 128), (64,), heads=1)
     fill(cache, 0, x, x)
     q = queries(cache, group)
-    warps = decode._WARPS[1 if group == 4 else 2]
+    warps = dealing.WARPS[1 if group == 4 else 2]
     long = replace(
         cache, table=cache.table[:1, :1].expand(warps, tokens // 64 + 1), lengths=torch.full((warps,), tokens)
     )

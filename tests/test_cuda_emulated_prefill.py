@@ -144,7 +144,7 @@ def test_prefill(
         error = (out[begin:end].double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
         assert error.max() < 2 * TOLERANCE[dtype], b
         assert (lse[:, begin:end] - want.truth[1]).abs().max() < 5e-3, b
-    assert {name for name, _ in device.launches} == {"peaks", "rotate", "expand", "merge", "decode"}
+    assert {name for name, _ in device.launches} == {"peaks", "rotate", "expand", "merge", "deal_out", "decode"}
 
 
 @pytest.mark.parametrize("budget", [80 * 512, 300 * 512, 2**20])

@@ -19,6 +19,7 @@ from cuda_cases import (
     opening_cases,
     queries,
     same,
+    scheduled,
     shifted,
     store_in_steps,
     stored,
@@ -136,7 +137,8 @@ def test_the_order_of_blocks_threads_and_copies_changes_no_bit(page_size: int, d
     q = queries(cache)
     for invariant in (False, True):
         want = check(cache, q, batch_invariant=invariant)
-        assert same(attend(cache, q, batch_invariant=invariant, inputs_ready=True), want)
+        ready = {"inputs_ready": True, "schedule": scheduled(cache, q)}
+        assert same(attend(cache, q, batch_invariant=invariant, **ready), want)
         for schedule in (BLOCKS_BACKWARDS | THREADS_BACKWARDS | LATE_COPIES, LATE_COPIES, SEED):
             device.schedule = schedule
             assert same(attend(cache, q, batch_invariant=invariant), want), schedule

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_cases import scheduled
 from ops_cases import Cache, State, empty_cache
 
 from kvfold import ops
@@ -597,13 +598,16 @@ def test_decode_sees_what_the_store_before_it_wrote(spec: str, graph: bool, inva
     slots = cache.table.long()[torch.arange(8, device=DEVICE), ends // 64] * 64 + ends % 64
     k, v = torch.randn(2, layers, 8, 8, 128, device=DEVICE).to(BF16)
 
+    with ops.backend(BACKEND):
+        made = scheduled(cache, q) if ready else None
+
     def run(wait: bool = False) -> list[torch.Tensor]:
         outs = []
         for layer in range(layers):
             ops.store_kv(k[layer], v[layer], cache.pages, slots, cache.layout, previous=torch.full_like(slots, -1))
             if wait:
                 torch.cuda.synchronize()
-            outs.append(attend(cache, q, batch_invariant=invariant, inputs_ready=ready)[0])
+            outs.append(attend(cache, q, batch_invariant=invariant, inputs_ready=ready, schedule=made)[0])
             if wait:
                 torch.cuda.synchronize()
         return outs

@@ -78,8 +78,10 @@ def test_tokens_one_by_one_and_what_decode_makes_of_them() -> None:
         want = pages.cpu()
         reference.store_kv(k[one].cpu(), v[one].cpu(), want, slots[one], layout, previous[one])
         with ops.backend("cuda"):
+            made = ops.schedule_decode(end, layout, 8, 2)
+            torch.cuda.synchronize()
             ops.store_kv(k[one], v[one], pages, slots[one].to(DEVICE), layout, previous=previous[one].to(DEVICE))
-            out, _ = ops.decode_attention(q, pages, table, end, layout, scale=0.1, inputs_ready=True)
+            out, _ = ops.decode_attention(q, pages, table, end, layout, scale=0.1, inputs_ready=True, schedule=made)
         compare_references(pages.cpu()[page], want[page], layout)
         exact, _ = reference_attention(q, pages, table, end, layout)
         assert (out - exact).float().norm() <= 8e-3 * exact.float().norm(), t

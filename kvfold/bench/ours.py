@@ -77,14 +77,19 @@ def _decode(case: DecodeCase, setting: Setting, fmt: KVFormat, backend: str) -> 
     tables, num_pages = block_tables(case, setting.copies(call_bytes), setting.page_size, setting.device)
     pages = random_pages(layout, num_pages, case.num_kv_heads, setting.device)
     q, seq_lens = queries(case, setting.device), lengths(case, setting.device)
+    with ops.backend(backend):  # a step's layers share it, as FlashAttention-3's do its metadata
+        schedule = ops.schedule_decode(
+            seq_lens, layout, case.num_heads, case.num_kv_heads, query_tokens=case.query_tokens
+        )
 
     def call(table: torch.Tensor) -> object:
         with ops.backend(backend):
             return ops.decode_attention(
-                q, pages, table, seq_lens, layout, scale=case.head_size**-0.5, inputs_ready=True
+                q, pages, table, seq_lens, layout, scale=case.head_size**-0.5, inputs_ready=True, schedule=schedule
             )
 
-    return Kernel([partial(call, table) for table in tables], call_bytes, "inputs_ready" if backend == "cuda" else "")
+    note = "inputs_ready, scheduled" if backend == "cuda" else ""
+    return Kernel([partial(call, table) for table in tables], call_bytes, note)
 
 
 @dataclass(frozen=True)

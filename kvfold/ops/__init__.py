@@ -28,7 +28,7 @@ from kvfold.errors import FormatError, ShapeError
 from kvfold.layout import PageLayout
 from kvfold.ops import reference
 from kvfold.ops.lengths import remember_lengths
-from kvfold.ops.options import AttentionOptions
+from kvfold.ops.options import AttentionOptions, DecodeSchedule
 from kvfold.ops.reference import apply_sink_logits, merge_states
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "merge_states",
     "prefill_attention",
     "remember_lengths",
+    "schedule_decode",
     "store_kv",
 ]
 
@@ -206,6 +207,7 @@ def decode_attention(
     mask: torch.Tensor | None = None,
     batch_invariant: bool = False,
     inputs_ready: bool = False,
+    schedule: DecodeSchedule | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a few query tokens per sequence to packed pages.
@@ -227,9 +229,12 @@ def decode_attention(
         batch_invariant: Whether the bits of a sequence's result may not depend on what else is in the batch. On a GPU
             that costs speed, as work is dealt out by sequence; the CPU's implementations always are.
         inputs_ready: The caller's promise that all tensors but the pages were complete before the kernel that precedes
-            this call on its stream began, as they are where that is :func:`store_kv`'s. The CUDA kernel then reads
-            them, and deals out the work, while that kernel still runs; others take no notice. A broken promise reads
-            old values.
+            this call on its stream began, as they are where that is :func:`store_kv`'s. With a schedule, or in
+            batch-invariant mode, the CUDA kernel then reads them while that kernel still runs; others take no notice.
+            A broken promise reads old values.
+        schedule: What :func:`schedule_decode` made of the same lengths and options. Without one the CUDA kernel's
+            launch is preceded by one that makes it. Where the lengths have changed since, results are wrong. In
+            batch-invariant mode it is not looked at.
         out: Where the result is to be written: ``[B, Tq, Hq, dv]`` of q's dtype, contiguous. It is returned then.
 
     Returns:
@@ -238,7 +243,7 @@ def decode_attention(
         are joined by :func:`merge_states`.
 
     Raises:
-        ShapeError: A tensor has the wrong shape, dtype or device.
+        ShapeError: A tensor has the wrong shape, dtype or device; the schedule was made for another call.
     """
     _check_pages(pages, layout)
     _check("q", q, (None, None, None, layout.head_size), pages.device)
@@ -258,11 +263,80 @@ def decode_attention(
     _check_pages_read(pages, block_table, seq_lens, layout, mask)
     options = AttentionOptions(scale, first, query_start, lag, window, softcap, mask, batch_invariant, inputs_ready)
     implementation = choose(pages.device, layout)
+    more: dict[str, object] = {}
+    if schedule is not None and implementation.SCHEDULES and not batch_invariant:
+        _check_schedule(schedule, q, pages, lag, window)
+        more["made"] = schedule
     if out is not None and implementation.WRITES_OUT:
-        _, lse = implementation.decode_attention(q, pages, block_table, seq_lens, layout, options, out=out)
+        _, lse = implementation.decode_attention(q, pages, block_table, seq_lens, layout, options, out=out, **more)
         return out, lse
-    result, lse = implementation.decode_attention(q, pages, block_table, seq_lens, layout, options)
+    result, lse = implementation.decode_attention(q, pages, block_table, seq_lens, layout, options, **more)
     return result if out is None else out.copy_(result), lse
+
+
+def schedule_decode(
+    seq_lens: torch.Tensor,
+    layout: PageLayout,
+    num_heads: int,
+    num_kv_heads: int,
+    *,
+    query_tokens: int = 1,
+    first: torch.Tensor | None = None,
+    query_start: torch.Tensor | None = None,
+    lag: int = 0,
+    window: int | None = None,
+    out: DecodeSchedule | None = None,
+) -> DecodeSchedule | None:
+    """Deal out, once, the work of all :func:`decode_attention` that will see the same lengths: of a step's layers.
+
+    It is one launch on the current stream, which waits for nothing. A captured graph that has been given a schedule
+    serves any lengths if ``out`` renews the schedule before each replay.
+
+    Args:
+        seq_lens: int32 or int64 ``[B]``.
+        layout: Of the pages.
+        num_heads: Query heads (Hq). num_kv_heads: KV heads (H).
+        query_tokens: Of a sequence (Tq).
+        first, query_start, lag, window: As they will be passed to :func:`decode_attention`.
+        out: A schedule of as many query tokens and heads, whose memory is written again.
+
+    Returns:
+        The schedule, or None if the implementation that :func:`choose` takes has no use for one.
+
+    Raises:
+        ShapeError: A tensor has the wrong shape, dtype or device; ``out`` is of other heads or query tokens.
+    """
+    _check_integer("seq_lens", seq_lens, (None,), seq_lens.device)
+    for name, positions in (("first", first), ("query_start", query_start)):
+        if positions is not None:
+            _check_integer(name, positions, (seq_lens.shape[0],), seq_lens.device)
+    _check_groups(num_heads, num_kv_heads)
+    _check_options(window, None)
+    implementation = choose(seq_lens.device, layout)
+    if not implementation.SCHEDULES:
+        return None
+    group = num_heads // num_kv_heads
+    if out is not None and (out.query_tokens, out.num_kv_heads, out.group) != (query_tokens, num_kv_heads, group):
+        raise ShapeError(
+            f"out is a schedule of {out.query_tokens} query tokens, {out.num_kv_heads} KV heads and {out.group} query "
+            f"heads each, not of {query_tokens}, {num_kv_heads} and {group}; make another one"
+        )
+    made: DecodeSchedule = implementation.schedule_decode(
+        seq_lens, query_tokens, num_kv_heads, group, first, query_start, lag, window, out
+    )
+    return made
+
+
+def _check_schedule(
+    schedule: DecodeSchedule, q: torch.Tensor, pages: torch.Tensor, lag: int, window: int | None
+) -> None:
+    heads = pages.shape[1]
+    wanted = DecodeSchedule(schedule.data, q.shape[0], q.shape[1], heads, q.shape[2] // heads, lag, window)
+    if schedule[1:] != wanted[1:] or schedule.data.device != q.device:
+        pairs = zip(DecodeSchedule._fields[1:], schedule[1:], wanted[1:], strict=True)
+        wrong = [f"{name} {its} and not {value}" for name, its, value in pairs if its != value]
+        wrong += [f"device {schedule.data.device} and not {q.device}"] * (schedule.data.device != q.device)
+        raise ShapeError(f"the schedule was made for {', '.join(wrong)}; schedule_decode makes one for this call")
 
 
 def exact_attention(

@@ -24,7 +24,7 @@ from kvfold.ops import cpu_threads, reference, references
 from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate, unrotate
 
-WRITES_OUT = False
+WRITES_OUT = SCHEDULES = False
 
 MAX_QUERIES = 16
 """More query tokens than this go through windows and matrix products instead."""

@@ -7,6 +7,23 @@ from typing import NamedTuple
 import torch
 
 
+class DecodeSchedule(NamedTuple):
+    """Which warp of a GPU does what in :func:`kvfold.ops.decode_attention`; see :func:`kvfold.ops.schedule_decode`.
+
+    Attributes:
+        data: int32, the implementation's own.
+        batch, query_tokens, num_kv_heads, group, lag, window: What it was made for; group is query heads per KV head.
+    """
+
+    data: torch.Tensor
+    batch: int
+    query_tokens: int
+    num_kv_heads: int
+    group: int
+    lag: int
+    window: int | None
+
+
 class AttentionOptions(NamedTuple):
     """See :func:`kvfold.ops.decode_attention` for each. (A named tuple, because dynamo traces those.)"""
 

@@ -18,7 +18,7 @@ from kvfold.ops import references
 from kvfold.ops.options import AttentionOptions
 from kvfold.rotation import rotate, unrotate
 
-WRITES_OUT = False
+WRITES_OUT = SCHEDULES = False
 
 WINDOW_BYTES = 64 * 2**20
 """Largest de-quantised window of a prefix, in bytes of float32."""

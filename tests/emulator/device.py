@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from emulator.build import build
 from kvfold.ops import cuda
-from kvfold.ops.cuda import decode, expand, prefill, references, runtime, store, store_trellis
+from kvfold.ops.cuda import decode, expand, prefill, references, runtime, schedule, store, store_trellis
 
 BLOCKS_BACKWARDS, THREADS_BACKWARDS, LATE_COPIES, SEED = 1, 2, 4, 8
 """Bits of a schedule, as in ``block.h``: blocks from the last to the first, threads likewise, and copies that arrive
@@ -38,7 +38,8 @@ STRUCTURES: dict[str, Layouts] = {
     "store.cu": {"Call": (store._Call, _CALL_NAMES), "Recipe": (store._Recipe, {}), "Format": (store._Format, {})},
     "expand.cu": {"Window": (expand._Window, {}), "Levels": (expand._Levels, {}), "Chunk": (expand._Chunk, {})},
     "prefill.cu": {"Part": (prefill._Part, {}), "Rotate": (prefill._Rotate, {}), "Rotations": (prefill._Rotations, {})},
-    "decode.cu": {"Params": (decode._Params, {})},
+    "schedule.cu": {"Params": (schedule.Params, {})},
+    "decode.cu": {"Params": (schedule.Params, {})},
     "store_trellis.cu": {
         "Call": (store._Call, _CALL_NAMES),
         "Recipe": (store_trellis._Recipe, {}),
@@ -129,7 +130,7 @@ class _OnHost(TorchFunctionMode):
 
 def _forget() -> None:
     """Empty the package's caches, which hold kernels."""
-    for module in (decode, expand, prefill, references, store):
+    for module in (decode, expand, prefill, references, schedule, store):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
@@ -152,7 +153,7 @@ def emulated_device(multiprocessors: int = 3, largest_piece: int = 1) -> Iterato
         (torch.cuda, "current_stream"): lambda device=None: stream,
         (torch.cuda, "is_current_stream_capturing"): lambda: False,
         (torch.cuda, "synchronize"): lambda device=None: None,
-        (decode, "_LARGEST_PIECE"): largest_piece,
+        (schedule, "_LARGEST_PIECE"): largest_piece,
     }
     _forget()
     entered = [mock.patch.object(owner, name, value) for (owner, name), value in patches.items()]

@@ -7,7 +7,7 @@
 //
 // Terms: an *item* is a sequence, a KV head and a block of 4 NB query rows (row = query token * group + head in group). A
 // *step* is 32 tokens, two tiles. Each warp gets a piece of an item, or, where lengths differ, an equal stretch of the line of
-// all steps. Where an item is cut, partial results are merged: by warps in shared memory, then by CTAs in global scratch,
+// all steps: schedule.cu has dealt them out. Where an item is cut, partial results are merged: by warps in shared memory, then by CTAs in global scratch,
 // always in the order of the tokens, so that the result does not depend on timing.
 //
 // Arithmetic (docs/kernels.md): a level is +-(m + 1/2). prmt looks up the positive levels of four codes with one
@@ -19,6 +19,9 @@
 // reference adds to the scores of its page is one product more.
 
 #include "decode_step.cuh"
+
+// The merged rows of an item lie behind a partial result, in a warp's part of shared memory.
+static_assert((PARTIAL + ROWS * D + 2 * ROWS) * 4 <= SLICE, "a warp's part of shared memory is too small");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params P) {
     extern __shared__ __align__(128) u8 shared[];
@@ -42,11 +45,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const u32 ring = pin(smem_address(slice), lane);
     const int cta_slot = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
     if (!P.ready) wait_for_predecessors();
-    // what takes longest comes first
 #if !FIXED
-    Span spans[KNOWN];
-#pragma unroll
-    for (int k = 0; k < KNOWN; k++) spans[k] = 32 * k + lane < P.batch ? span(P, 32 * k + lane) : Span{0, 0};
+    const Share share = P.schedule[blockIdx.x * WARPS + warp]; // what takes longest comes first
 #endif
     // what everybody needs next comes to L2, a line by each thread
     const u32 line128 = (cta_slot * THREADS + threadIdx.x) * 128;
@@ -60,88 +60,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #if !FIXED
         partial[warp][0] = partial[warp][1] = nullptr;
         ends[warp] = 0;
-        sharing[warp] = 0;
 #endif
     }
     if (threadIdx.x < 2) pending[threadIdx.x] = 0;
     const Lane L = lane_constants(P, lane);
 
-    // who does what: so many steps of the line of all steps, from this step of this item on
-    int4 item = make_int4(0, 0, 0, 0);
-    int begin = 0, copies = 0;
-    int first_warp = 0, last_warp = 0; // of the grid that have to do with the item
-    bool idle = false;
 #if FIXED
     bool empty; // whether this CTA writes the result of a sequence that sees nothing
-    item.x = P.begin + blockIdx.z, item.y = blockIdx.y;
+    Share share = {};
+    share.item.x = P.begin + blockIdx.z, share.item.y = blockIdx.y;
     {
-        const Span all = span(P, item.x);
+        const Span all = span(P, share.item.x);
         const int total = all.count, size = max((total + P.splits - 1) / P.splits, WARPS);
         const int ctas = (total + size - 1) / size;
         empty = total == 0 && blockIdx.x == 0 && blockIdx.y == 0;
-        idle = blockIdx.x >= ctas;
+        share.idle = blockIdx.x >= ctas;
         const int low = blockIdx.x * size, high = min(low + size, total);
         const int active = max(min(high - low, WARPS), 1);
-        begin = low + (high - low) * min(warp, active) / active;
-        copies = low + (high - low) * min(warp + 1, active) / active - begin;
-        item.z = all.begin, item.w = total;
-        first_warp = (cta_slot - blockIdx.x) * WARPS, last_warp = first_warp + (ctas - 1) * WARPS + active - 1;
-        if (lane == 0) sharing[warp] = last_warp + 1 - first_warp;
-    }
-    const bool piecewise = false;
-#else
-    const Deal plan = deal(P, spans, lane);
-    const bool piecewise = plan.piece;
-    const u32 mine = blockIdx.x * WARPS + warp;
-    u32 item_begin = 0; // the item's place in the line
-    idle = blockIdx.x * WARPS >= plan.warps;
-    if (mine < plan.warps) {
-        u32 place = mine;
-        if (!plan.piece) {
-            place = (u32)__umul64hi((u64)plan.total * mine, P.warps_inverse);
-            copies = (u32)__umul64hi((u64)plan.total * (mine + 1), P.warps_inverse) - place;
-        }
-        u32 before = 0;
-#pragma unroll 1
-        for (int base = 0; base < P.batch; base += 32) { // the first sequence that ends beyond this place
-            Span s = spans[0];
-            if (base >= 32 * KNOWN) s = base + lane < P.batch ? span(P, base + lane) : Span{0, 0};
-#pragma unroll
-            for (int k = 1; k < KNOWN; k++)
-                if (base == 32 * k) s = spans[k];
-            const u32 own = line_of(P, plan, s.count);
-            u32 upto = own;
-#pragma unroll
-            for (int k = 1; k < 32; k <<= 1) {
-                const u32 y = __shfl_up_sync(~0u, upto, k);
-                if (lane >= k) upto += y;
-            }
-            const u32 beyond = __ballot_sync(~0u, before + upto > place);
-            if (beyond) {
-                const int at = __ffs(beyond) - 1;
-                item.x = base + at;
-                item.z = __shfl_sync(~0u, s.begin, at), item.w = __shfl_sync(~0u, s.count, at);
-                before += __shfl_sync(~0u, upto - own, at);
-                break;
-            }
-            before += __shfl_sync(~0u, upto, 31);
-        }
-        const u32 past = place - before, places = places_of(plan, item.w);
-        item.y = plan.piece ? quotient(past, reciprocal_of(places)) : past / places;
-        begin = past - item.y * places;
-        if (plan.piece) { // the pieces' sizes differ by one at most; in a gap there is none
-            const u32 units = units_of(plan, item.w), piece = begin;
-            const u32 size = quotient(item.w, reciprocal_of(units)), longer = item.w - size * units;
-            const bool any = item.y < P.heads * P.row_blocks; // or the gap is the sequence's
-            begin = size * piece + min(piece, longer), copies = any && piece < units ? size + (piece < longer) : 0;
-            first_warp = mine - piece, last_warp = first_warp + units - 1;
-            if (lane == 0) sharing[warp] = any ? places : 0;
-        } else {
-            item_begin = place - begin;
-        }
+        share.begin = low + (high - low) * min(warp, active) / active;
+        share.copies = low + (high - low) * min(warp + 1, active) / active - share.begin;
+        share.item.z = all.begin, share.item.w = total;
+        share.first_warp = (cta_slot - blockIdx.x) * WARPS, share.last_warp = share.first_warp + (ctas - 1) * WARPS + active - 1;
+        share.sharing = share.last_warp + 1 - share.first_warp;
     }
 #endif
-    if (idle) {
+    int4 item = share.item;
+    int begin = share.begin;
+    u32 item_begin = share.item_begin;
+    const int copies = share.copies;
+    const bool piecewise = FIXED || share.total == 0; // no warp goes on from one item to the next
+    if (share.idle) {
         if (P.ready) wait_for_predecessors();
 #if FIXED
         if (empty) write_nothing(P, item.x);
@@ -181,15 +129,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     static_assert(STAGES < WINDOW / 2, "a ring is filled before more addresses are looked up");
     if (lane == 0) {
         busy[warp] = copies > 0;
+        sharing[warp] = share.sharing;
         reading[warp] = item;
-        covering[warp] = make_int2(first_warp, last_warp);
+        covering[warp] = make_int2(share.first_warp, share.last_warp);
         copying[warp] = {item, begin, copies};
     }
     __syncwarp();
     // warps of the CTA that begin with the same item share the work of rotating q
     const int cta_warp = cta_slot * WARPS; // the first one of this CTA in the grid
-    int leader = max(first_warp - cta_warp, 0), ranks = min(last_warp - cta_warp, WARPS - 1) + 1 - leader;
-    if (!FIXED && !piecewise) {
+    int leader = max(share.first_warp - cta_warp, 0), ranks = min(share.last_warp - cta_warp, WARPS - 1) + 1 - leader;
+    if (!piecewise) {
         __syncthreads();
         const int4 other = reading[lane % WARPS];
         const u32 group = __ballot_sync(~0u, lane < WARPS && busy[lane % WARPS] && other.x == item.x && other.y == item.y);
@@ -224,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __syncthreads();
     if (copies) load_query(Q, shared_query, lane);
 #if !FIXED
-    if (!plan.piece) __syncthreads(); // a leader may go on to another item, and overwrite
+    if (!piecewise) __syncthreads(); // a leader may go on to another item, and overwrite
 #endif
 
     if (P.ready) wait_for_predecessors(); // the pages, and whoever still reads what will be written
@@ -312,7 +261,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             if (lane == 0) {
                 partial[warp][begins] = place;
                 owner[warp][begins] =
-                    make_int4(item.x, item.y, warp_at(plan, item_begin), warp_at(plan, item_begin + item.w - 1));
+                    make_int4(item.x, item.y, warp_at(share.total, item_begin), warp_at(share.total, item_begin + item.w - 1));
                 if (!begins) ends[warp] = finished;
             }
         }
@@ -332,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #endif
     }
 
-    if (FIXED || piecewise) {
+    if (piecewise) {
         // No warp has more than one item. The CTA's warps of an item, from `low` to `high`, merge their partial results. If it has
         // none in other CTAs, the warps of the gap behind it help; they know the item too.
         const int first_warp = covering[warp].x, last_warp = covering[warp].y;

@@ -1,13 +1,13 @@
 """Decode attention by the CUDA C++ kernel in ``decode.cu``: prepares its constants and launches it once.
 
-One CTA per SM stays for the whole launch; the tokens of all sequences are dealt out evenly to its warps on the device,
-so that the grid depends on nothing but the GPU and a captured graph serves any lengths. Scratch is kept per stream:
-graphs that were captured on the same stream must not be replayed at the same time.
+One CTA per SM stays for the whole launch; the tokens of all sequences are dealt out evenly to its warps on the device
+(``schedule.cu``, a launch ahead where the caller has no schedule), so that the grid depends on nothing but the GPU and
+a captured graph serves any lengths. Scratch is kept per stream: graphs that were captured on the same stream must not
+be replayed at the same time.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from functools import lru_cache
 
@@ -17,43 +17,19 @@ from kvfold.codebooks import lloyd_max, trellis_levels
 from kvfold.errors import FormatError, ShapeError
 from kvfold.formats import Side
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda import runtime
+from kvfold.ops.cuda import runtime, schedule
 from kvfold.ops.cuda.formats import DTYPES, HEAD_SIZE, sign_words
-from kvfold.ops.options import AttentionOptions
+from kvfold.ops.options import AttentionOptions, DecodeSchedule
 
 _LOG2_E = 1.4426950408889634
-_WARPS = {1: 16, 2: 12}  # per CTA, by blocks of four query rows: as many as their registers allow
 _STAGES = {1: 2, 2: 3}  # at least, of a warp's ring
 _RING_BYTES = 128 * 1024  # of a CTA; with more in flight the SMs share the memory's bandwidth less evenly
-_FAR = 2**30  # tokens: more than any sequence has
-_LARGEST_PIECE = 4096  # steps up to which items are cut so that no warp changes from one to another, see decode.cu
 _PLACES = 3  # for partial results of a warp in scratch
 _SPLITS = 16  # of a sequence in batch-invariant mode
 _INVARIANT_SCRATCH = 32 * 2**20
 _WORDS = ("T0", "T1", "U0", "U1", "TR0", "TR1", "UR0", "UR1")  # macros of the codebooks' tables
 _STREAMS = 64  # with scratch of their own, per device
 _MAX_COUNTERS = 16384
-
-
-class _Params(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("seq_lens", "first", "query_start")),
-        *((name, ctypes.c_int32) for name in ("batch", "num_queries", "heads", "row_blocks", "group")),
-        *((name, ctypes.c_int32) for name in ("lag", "window", "wide")),
-        ("largest_piece", ctypes.c_uint32),
-        ("ready", ctypes.c_int32),
-        ("warps_inverse", ctypes.c_uint64),
-        *((name, ctypes.c_void_p) for name in ("table", "q", "pages")),
-        ("page_stride", ctypes.c_uint32),
-        *((name, ctypes.c_int32) for name in ("table_stride", "pages_per_sequence")),
-        *((name, ctypes.c_uint32) for name in ("table_bytes", "q_bytes", "minus_one", "low_nibbles")),
-        ("scale_log2", ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ("q_stride_b", "q_stride_t", "q_stride_h")),
-        *((name, ctypes.c_void_p) for name in ("scratch", "counters", "out", "lse", "mask")),
-        *((name, ctypes.c_int64) for name in ("mask_stride_b", "mask_stride_t")),
-        *((name, ctypes.c_int32) for name in ("splits", "begin")),
-        *((name, ctypes.c_float) for name in ("softcap_log2", "softcap_inv")),
-    )
 
 
 # --- constants --------------------------------------------------------------------------------------------------------
@@ -128,7 +104,7 @@ def _kernel(
     layout: PageLayout, index: int, blocks: int, dtype: torch.dtype, softcap: bool, masked: bool, fixed: bool
 ) -> tuple[runtime.Kernel, int, int, int]:
     """The kernel, its threads, its shared bytes and the floats of a partial result."""
-    warps = _WARPS[blocks]
+    warps = schedule.WARPS[blocks]
     query_bytes = (1024 + 32) * blocks
     pages = 2 if layout.page_size == 16 else 1  # of a step
     reference_bytes = layout.page_bytes - layout.reference
@@ -153,7 +129,6 @@ class _Scratch:
     def __init__(self, index: int) -> None:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("decode_attention needs one call before a CUDA graph is captured, to set up its scratch")
-        self.sms = torch.cuda.get_device_properties(index).multi_processor_count
         self.counters = torch.zeros(_STREAMS, _MAX_COUNTERS, dtype=torch.int32, device=torch.device("cuda", index))
         torch.cuda.synchronize(index)
         self.places: dict[int, int] = {}
@@ -199,11 +174,15 @@ def decode_attention(
     layout: PageLayout,
     options: AttentionOptions,
     out: torch.Tensor | None = None,
+    made: DecodeSchedule | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`kvfold.ops.decode_attention`. Any number of query tokens is right, few are fast."""
+    """See :func:`kvfold.ops.decode_attention`; ``made`` is its ``schedule``. Any number of query tokens is right, few
+    are fast.
+    """
     if pages.data_ptr() % 16:
         raise ShapeError("pages have to begin at a multiple of 16 bytes for the CUDA kernels; pass a tensor that does")
-    given = (q, block_table, seq_lens, options.first, options.query_start, options.mask)
+    positions = (seq_lens, options.first, options.query_start)
+    given = (q, block_table, options.mask, *positions)
     if q.stride(3) != 1 or q.data_ptr() % 16 or any(s * q.element_size() % 16 for s in q.stride()[:3]):
         q = q.clone(memory_format=torch.contiguous_format)
     batch, num_queries, num_heads, _ = q.shape
@@ -216,45 +195,37 @@ def decode_attention(
     mask = options.mask
     if mask is not None and mask.stride(2) != 1:
         mask = mask.contiguous()
-    rows = num_queries * (num_heads // heads)
-    blocks = 1 if rows <= 4 else 2
-    index = q.device.index
+    group, index = num_heads // heads, q.device.index
+    blocks = schedule.blocks_of(num_queries, group)
     kernel, threads, shared_bytes, partial = _kernel(
         layout, index, blocks, q.dtype, options.softcap is not None, mask is not None, options.batch_invariant
     )
-    scratch = _scratch(index)
-    params = _Params(
-        pages=pages.data_ptr(), table=table.data_ptr(), q=q.data_ptr(), out=out.data_ptr(), lse=lse.data_ptr(),
-        q_stride_b=q.stride(0), q_stride_t=q.stride(1), q_stride_h=q.stride(2), page_stride=pages.stride(0),
-        table_stride=table.stride(0), pages_per_sequence=table.shape[1], batch=batch, num_queries=num_queries,
-        heads=heads, group=num_heads // heads, row_blocks=-(-rows // (4 * blocks)), lag=min(options.lag, _FAR),
-        window=min(options.window or 0, _FAR), table_bytes=_reach(table), q_bytes=_reach(q),
-        largest_piece=_LARGEST_PIECE, warps_inverse=-(-(2**64) // (scratch.sms * (threads // 32))),
-        minus_one=0xFFFFFFFF, low_nibbles=0x0F0F0F0F, splits=_SPLITS, scale_log2=options.scale * _LOG2_E,
-    )  # fmt: skip
-    read: list[torch.Tensor | None] = [q, table]  # alive until the launch is queued
-    for bit, (name, positions) in enumerate(
-        (("seq_lens", seq_lens), ("first", options.first), ("query_start", options.query_start))
-    ):
-        if positions is not None and positions.stride(0) != 1:
-            positions = positions.contiguous()
-        read.append(positions)
-        if positions is not None:
-            setattr(params, name, positions.data_ptr())
-            params.wide |= (positions.dtype == torch.int64) << bit
+    scratch, sms = _scratch(index), schedule.multiprocessors(index)
+    params, read = schedule.params_of(batch, num_queries, heads, group, options.lag, options.window, positions)
+    params.pages, params.table, params.q, params.out = pages.data_ptr(), table.data_ptr(), q.data_ptr(), out.data_ptr()
+    params.lse, params.page_stride, params.splits = lse.data_ptr(), pages.stride(0), _SPLITS
+    params.q_stride_b, params.q_stride_t, params.q_stride_h = q.stride(0), q.stride(1), q.stride(2)
+    params.table_stride, params.pages_per_sequence = table.stride(0), table.shape[1]
+    params.table_bytes, params.q_bytes = _reach(table), _reach(q)
+    params.minus_one, params.low_nibbles, params.scale_log2 = 0xFFFFFFFF, 0x0F0F0F0F, options.scale * _LOG2_E
     if mask is not None:
         params.mask, params.mask_stride_b, params.mask_stride_t = mask.data_ptr(), mask.stride(0), mask.stride(1)
     if options.softcap is not None:
         params.softcap_log2 = options.softcap * _LOG2_E
         params.softcap_inv = 1 / params.softcap_log2
-    # a copy made here is what the kernel ahead writes
-    params.ready = options.inputs_ready and all(a is b for a, b in zip(given, (*read, mask), strict=True))
     stream = torch.cuda.current_stream(q.device).cuda_stream
     if not options.batch_invariant:
-        places = scratch.sms * (2 + _PLACES * threads // 32)
-        params.scratch, params.counters = scratch.of_stream(stream, places * partial)
-        kernel.launch((scratch.sms, 1, 1), threads, shared_bytes, params, early=True)
+        floats = sms * (2 + _PLACES * threads // 32) * partial
+        own = 0 if made is not None else schedule.words(index, blocks)  # behind the partial results
+        params.scratch, params.counters = scratch.of_stream(stream, floats + own)
+        if made is not None:
+            params.schedule = made.data.data_ptr()
+        else:
+            schedule.launch(params, index, blocks, params.scratch + 4 * floats)
+        params.ready = _ready(options, made is not None, given, (q, table, mask, *read))
+        kernel.launch((sms, 1, 1), threads, shared_bytes, params, early=True)
         return out, lse
+    params.ready = _ready(options, True, given, (q, table, mask, *read))
     items = heads * params.row_blocks
     if items > _MAX_COUNTERS:
         raise ShapeError(
@@ -267,6 +238,17 @@ def decode_attention(
         params.begin = begin
         kernel.launch((_SPLITS, items, min(at_once, batch - begin)), threads, shared_bytes, params, early=True)
     return out, lse
+
+
+def _ready(
+    options: AttentionOptions,
+    scheduled: bool,
+    given: tuple[torch.Tensor | None, ...],
+    read: tuple[torch.Tensor | None, ...],
+) -> bool:
+    """Whether what the kernel reads, but for the pages, was complete before the kernel ahead began."""
+    # a copy made here is what the kernel ahead writes, as is a schedule
+    return options.inputs_ready and scheduled and all(a is b for a, b in zip(given, read, strict=True))
 
 
 def _reach(x: torch.Tensor) -> int:

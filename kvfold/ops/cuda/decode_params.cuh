@@ -1,4 +1,4 @@
-// What decode.cu is compiled for and called with, and the sizes that follow.
+// What decode.cu and schedule.cu are compiled for and called with, and the sizes that follow.
 #pragma once
 
 #include "common.cuh"
@@ -31,11 +31,10 @@
 #define PLACES 3 // of a warp in scratch
 #define AHEAD 2 // steps of a warp that are brought to L2 while the kernels ahead end
 #define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
-#define SLACK 32 // pieces may be longer than equal stretches by one part in so many
-#define LONG_PIECE 12 // steps
-#define KNOWN 4 // times 32 sequences, whose lengths the lanes of a warp keep while steps are dealt out
 #define CHECKED 256 // steps after which integer sums may be too large
 #define NOTHING -1e30f
+
+struct Share; // decode_spans.cuh
 
 struct Params { // what is needed first comes first: constants arrive by lines
     const void* seq_lens;
@@ -44,9 +43,10 @@ struct Params { // what is needed first comes first: constants arrive by lines
     int batch, num_queries, heads, row_blocks, group;
     int lag, window; // window 0: none
     int wide;        // bit 0: seq_lens is int64, bit 1: first, bit 2: query_start
-    u32 largest_piece; // of an item, see deal()
+    u32 largest_piece; // of an item, see deal() in schedule.cu
     int ready;         // whether all but the pages may be read before the kernels ahead have ended
     u64 warps_inverse; // 2^64 over the number of warps, rounded up
+    Share* schedule; // [grid, WARPS]: schedule.cu writes it; FIXED: none
     const int* table;
     const void* q;
     const u8* pages;
@@ -66,6 +66,3 @@ struct Params { // what is needed first comes first: constants arrive by lines
     float softcap_log2;  // softcap * log2(e)
     float softcap_inv;   // 1 / (softcap * log2 e)
 };
-
-// The merged rows of an item lie behind a partial result, in a warp's part of shared memory.
-static_assert((PARTIAL + ROWS * D + 2 * ROWS) * 4 <= SLICE, "a warp's part of shared memory is too small");

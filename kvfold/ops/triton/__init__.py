@@ -19,9 +19,11 @@ from kvfold.ops.triton.prefill import prefill_attention
 from kvfold.ops.triton.store import store_kv
 from kvfold.ops.triton.unpack import INTERPRETED
 
-__all__ = ["WRITES_OUT", "available", "decode_attention", "load_kv", "prefill_attention", "store_kv", "supports"]
+__all__ = [
+    "SCHEDULES", "WRITES_OUT", "available", "decode_attention", "load_kv", "prefill_attention", "store_kv", "supports",
+]  # fmt: skip
 
-WRITES_OUT = False
+WRITES_OUT = SCHEDULES = False
 MAX_HEAD_SIZE = 256
 
 
