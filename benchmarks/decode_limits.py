@@ -43,7 +43,8 @@ _NO_STEP = (r"step<(true|false)>\(P, L, Q, S, slot[^;]*;", ";")
 _WAIT = r"barrier_wait\(slot \+ STEP_END, [^;]*\);"
 _NO_WAIT = (_WAIT, "")
 _NO_COPY = (r"issued < copies && elected\(\)", "issued < min(copies, LAST_COPY) && elected()")
-_NO_PREFETCH = (r"if \(first\) prefetch_bulk", "if (LAST_COPY > 1 && first) prefetch_bulk")
+_NO_HELP = (r"busy\[warp - ROWS\] > STAGES &&", r"\g<0> filled < LAST_COPY &&")
+_NO_PREFETCH = (r"&& from\) prefetch_bulk", "&& from && LAST_COPY > 1) prefetch_bulk")
 _FIRST_STEP = (r"(step<(?:true|false)>\(P, L, Q, S, )slot", r"\1ring")
 _FIRST_WAIT = (_WAIT, "barrier_wait(ring + STEP_END, 0);")
 
@@ -56,9 +57,9 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "frame": Variant(((_NO_STEP, 2), (_NO_WAIT, 2), (_NO_COPY, 1), (_NO_PREFETCH, 1)), "0"),
+    "frame": Variant(((_NO_STEP, 2), (_NO_WAIT, 2), (_NO_COPY, 1), (_NO_HELP, 1), (_NO_PREFETCH, 1)), "0"),
     "reading": Variant(((_NO_STEP, 2),)),
-    "arithmetic": Variant(((_FIRST_STEP, 2), (_FIRST_WAIT, 2), (_NO_COPY, 1), (_NO_PREFETCH, 1)), "1"),
+    "arithmetic": Variant(((_FIRST_STEP, 2), (_FIRST_WAIT, 2), (_NO_COPY, 1), (_NO_HELP, 1), (_NO_PREFETCH, 1)), "1"),
     "kernel": Variant(()),
 }
 

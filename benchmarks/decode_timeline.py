@@ -63,9 +63,9 @@ POINTS = (
     # and microseconds are of the same stretch
     Point("entry", r"const int cta_slot = .*;", r"\g<0> TIME STAMP"),
     Point("item", r"Query Q;", r"STAMP \g<0>"),
-    Point("looked up", r"look_up\(.*, 0, WINDOW, lane\);", r"\g<0> STAMP"),
+    Point("looked up", r"const u32 upcoming = .*;", r"\g<0> STAMP"),
     Point("rows", r"load_rows\(.*, rank, ranks, lane\);", r"\g<0> STAMP"),
-    Point("addresses", r"if \(copies > WINDOW\) look_up", r"STAMP \g<0>"),
+    Point("addresses", r"addresses\[warp\]\[lane\] = from;", r"\g<0> STAMP"),
     Point("q there", r"__syncthreads_or\(.*;", r"\g<0> MET"),
     Point("rotated", r"if \(P\.ready\) wait_for_predecessors\(\); // the pages", r"MET \g<0>"),
     Point("waited", r"if \(P\.ready\) wait_for_predecessors\(\); // the pages.*\n", r"\g<0>    STAMP\n"),

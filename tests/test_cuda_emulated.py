@@ -298,6 +298,69 @@ def test_inputs_that_are_ready_change_no_bit(invariant: bool, page_size: int, de
     assert same(got, want)
 
 
+@pytest.mark.parametrize("spec", ["k4v4", "k4v4+mean", "k2v2"])
+@pytest.mark.parametrize("largest_piece", [1, 4096])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_rings_that_other_warps_fill(page_size: int, largest_piece: int, spec: str) -> None:
+    """Many steps a warp, of one item or several: rings of those that rotate queries are filled by their neighbours."""
+    with emulated_device(multiprocessors=2, largest_piece=largest_piece) as device, ops.backend("cuda"):
+        cache = stored((3000, 700, 0, 2900), spec, page_size, heads=1)
+        q = queries(cache)
+        want, made = check(cache, q), scheduled(cache, q)
+        for schedule in SCHEDULES:
+            device.schedule = schedule
+            assert same(attend(cache, q, inputs_ready=True, schedule=made), want), schedule
+
+
+def test_a_schedule_is_renewed_for_other_lengths(device: EmulatedDevice) -> None:
+    """In place, and of fewer sequences than the call has, as in a graph whose last rows are empty."""
+    cache = stored((900, 1, 0, 64, 333, 40))
+    q = queries(cache)
+    made = scheduled(cache, q)
+    assert made is not None
+    before = made.data.clone()
+    shorter = replace(cache, lengths=torch.tensor([70, 1, 0, 3, 0, 0]))
+    want = check(shorter, q)
+    again = ops.schedule_decode(shorter.lengths[:4], cache.layout, q.shape[2], 2, out=made)
+    assert again is not None
+    assert again.data is made.data
+    assert (again.batch, made.batch) == (4, 6)
+    assert not torch.equal(made.data, before)
+    assert same(attend(shorter, q, schedule=made, inputs_ready=True), want)
+
+
+def test_schedules_with_options(device: EmulatedDevice) -> None:
+    cache = stored((900, 1, 0, 64, 333, 40))
+    q = queries(cache, tokens=3)
+    options = {"window": 100, "lag": 1, "query_start": cache.lengths.long() - 2, "first": torch.arange(6)}
+    assert same(attend(cache, q, schedule=scheduled(cache, q, **options), **options), check(cache, q, **options))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 2}, "query_tokens 1 and not 2"),
+        ({"group": 2}, "group 4 and not 2"),
+        ({"window": 5}, "window None and not 5"),
+        ({"lag": 2}, "lag 0 and not 2"),
+        ({"rows": [0, 1]}, "batch 3 and not 2"),
+    ],
+    ids=str,
+)
+def test_a_schedule_of_another_call_is_refused(change: dict, message: str, device: EmulatedDevice) -> None:
+    cache = stored((90, 1, 30))
+    made = scheduled(cache, queries(cache))
+    options = {name: change[name] for name in ("window", "lag") if name in change}
+    cache = pick(cache, change.get("rows", [0, 1, 2]))
+    q = queries(cache, change.get("group", 4), change.get("tokens", 1))
+    with pytest.raises(ShapeError, match=f"made for {message}; schedule_decode makes one"):
+        attend(cache, q, schedule=made, **options)
+    if "tokens" in change or "group" in change:
+        with pytest.raises(ShapeError, match="make another one"):
+            ops.schedule_decode(cache.lengths, cache.layout, q.shape[2], 2, query_tokens=q.shape[1], out=made)
+    attend(cache, q, batch_invariant=True, schedule=made, **options)  # which deals out by itself
+
+
 @pytest.mark.parametrize("group", [4, 8])
 def test_batch_invariance(group: int, device: EmulatedDevice) -> None:
     cache = stored((300, 0, 1200, 1, 31, 700), heads=1)

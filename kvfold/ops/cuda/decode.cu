@@ -7,8 +7,8 @@
 //
 // Terms: an *item* is a sequence, a KV head and a block of 4 NB query rows (row = query token * group + head in group). A
 // *step* is 32 tokens, two tiles. Each warp gets a piece of an item, or, where lengths differ, an equal stretch of the line of
-// all steps: schedule.cu has dealt them out. Where an item is cut, partial results are merged: by warps in shared memory, then by CTAs in global scratch,
-// always in the order of the tokens, so that the result does not depend on timing.
+// all steps: schedule.cu has dealt them out. Where an item is cut, partial results are merged: by warps in shared memory, then by
+// CTAs in global scratch, always in the order of the tokens, so that the result does not depend on timing.
 //
 // Arithmetic (docs/kernels.md): a level is +-(m + 1/2). prmt looks up the positive levels of four codes with one
 // instruction, and gives 0 where the code's sign bit is set, because the table's bytes have a clear top bit; a second prmt,
@@ -35,7 +35,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __shared__ int4 reading[WARPS]; // the items that warps attend to
     __shared__ int2 covering[WARPS]; // the first and last warps that have steps of these, if warps do not change
     __shared__ int sharing[WARPS];   // how many warps these have from the first one on, the gap included; 0: there is none
-    __shared__ int busy[WARPS]; // whether a warp has steps
+    __shared__ int busy[WARPS]; // how many steps a warp has
     __shared__ Copies copying[WARPS];
     __shared__ u64 addresses[WARPS][32]; // of the copies of WINDOW steps: half of them are replaced while the others are used
     __shared__ int pending[2]; // what this CTA is the last to bring to an item, and the item
@@ -104,35 +104,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     Four raw[ROWS];
     u32 issued = 0;
     Source source = {0, NOWHERE}; // of a copy whose address comes to `addresses` the next time that half of them is replaced
+    const int window = min(copies, WINDOW), known = begin + window <= item.w ? window : 0; // steps that are looked up at once
+    if (lane / COPIES < known) source = source_of(P, item, begin + lane / COPIES, lane);
     const u32 upcoming = pin(smem_address(addresses[warp]), lane);
-    auto fetch = [&](u32 slot) {
-        if (issued < copies && elected()) {
-            const u32 bar = slot + STEP_END;
-            const u32 its = upcoming + issued % WINDOW * COPIES * 8;
-            if (PAGE == 16) {
+    auto copy = [&](u32 slot, u32 its) { // of a step whose addresses are there
+        const u32 bar = slot + STEP_END;
+        if (PAGE == 16) {
 #pragma unroll
-                for (int tile = 0; tile < 2; tile++) {
-                    const u64 from = load_address(its + tile * 8);
-                    barrier_expect(bar, from ? TILE_STRIDE : 0);
-                    if (from) bulk_copy(slot + tile * TILE_STRIDE, from, TILE_STRIDE, bar);
-                }
-            } else {
-                const u64 from = load_address(its);
-                const bool behind = !MEAN || PAGE == 32 || from & 1; // whether the reference, if any, follows these tiles
-                barrier_expect(bar, STEP_END);
-                bulk_copy(slot, tiles_at(from), behind ? STEP_END : STEP_BYTES, bar);
-                if (!behind) bulk_copy(slot + STEP_BYTES, from + 2 * STEP_BYTES, REFERENCE_BYTES, bar);
+            for (int tile = 0; tile < 2; tile++) {
+                const u64 from = load_address(its + tile * 8);
+                barrier_expect(bar, from ? TILE_STRIDE : 0);
+                if (from) bulk_copy(slot + tile * TILE_STRIDE, from, TILE_STRIDE, bar);
             }
+        } else {
+            const u64 from = load_address(its);
+            const bool behind = !MEAN || PAGE == 32 || from & 1; // whether the reference, if any, follows these tiles
+            barrier_expect(bar, STEP_END);
+            bulk_copy(slot, tiles_at(from), behind ? STEP_END : STEP_BYTES, bar);
+            if (!behind) bulk_copy(slot + STEP_BYTES, from + 2 * STEP_BYTES, REFERENCE_BYTES, bar);
         }
+    };
+    auto fetch = [&](u32 slot) {
+        if (issued < copies && elected()) copy(slot, upcoming + issued % WINDOW * COPIES * 8);
         issued++;
     };
     static_assert(STAGES < WINDOW / 2, "a ring is filled before more addresses are looked up");
     if (lane == 0) {
-        busy[warp] = copies > 0;
+        busy[warp] = copies;
         sharing[warp] = share.sharing;
         reading[warp] = item;
         covering[warp] = make_int2(share.first_warp, share.last_warp);
-        copying[warp] = {item, begin, copies};
+        copying[warp] = {item, begin + known, copies - known};
     }
     __syncwarp();
     // warps of the CTA that begin with the same item share the work of rotating q
@@ -146,10 +148,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     const int rank = warp - leader;
     if (copies) {
-        look_up(P, copying[warp], source, 0, WINDOW, lane);
+        if (!known) look_up(P, copying[warp], source, 0, WINDOW, lane);
         load_rows(P, raw, item.y, item.x, rank, ranks, lane);
         look_out(P, Q, item.y, item.x, lane);
-        addresses[warp][lane] = address_of(P, source);
+        const u64 from = address_of(P, source);
+        addresses[warp][lane] = from;
+        // While the kernels ahead end, the memory has little to do: it brings the first pages to L2, where they may still be
+        // written. Earlier, they would keep queries waiting.
+        if (P.ready && lane / COPIES < min(copies, AHEAD) && from) prefetch_bulk(tiles_at(from), STEP_END / COPIES);
         if (copies > WINDOW) look_up(P, copying[warp], source, 0, WINDOW / 2, lane);
     }
     // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.
@@ -160,16 +166,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     }
     __syncthreads_or(words == 1);
     int filled = 0; // stages
-    if (P.ready) {
-        // While the kernels ahead end, the memory has little to do: it brings the first pages to L2, where they may still be
-        // written.
-        const u64 first = lane / COPIES < min(copies, AHEAD) ? addresses[warp][lane] : 0;
-        if (first) prefetch_bulk(tiles_at(first), STEP_END / COPIES);
-    } else if (copies) {
-        fetch(ring), filled = 1; // more would keep other CTAs' queries waiting
+    if (!P.ready && copies) fetch(ring), filled = 1; // more would keep other CTAs' queries waiting
+    const bool rotates = copies && rank < ROWS;
+    // Where there is more than fills the ring, it is filled as soon as the kernels ahead have ended, those of warps that rotate
+    // queries by others. (Where there is not, most CTAs wait here, and should have rotated queries meanwhile.)
+    const bool soon = P.ready && STAGES <= AHEAD && copies > STAGES;
+    if (soon && !rotates) {
+        wait_for_predecessors();
+#pragma unroll 1
+        for (; filled < STAGES; filled++) {
+            fetch(ring + filled * SLOT_BYTES);
+            if (rank < 2 * ROWS && busy[warp - ROWS] > STAGES && elected())
+                copy(ring - ROWS * SLICE + filled * SLOT_BYTES, upcoming - ROWS * 32 * 8 + filled * COPIES * 8);
+        }
     }
     u8* const shared_query = shared + leader * SLICE + STAGES * SLOT_BYTES;
-    if (copies && rank < ROWS) rotate_rows(P, raw, shared_query, rank, ranks, lane);
+    if (rotates) rotate_rows(P, raw, shared_query, rank, ranks, lane);
     __syncthreads();
     if (copies) load_query(Q, shared_query, lane);
 #if !FIXED
@@ -177,6 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #endif
 
     if (P.ready) wait_for_predecessors(); // the pages, and whoever still reads what will be written
+    if (soon && rotates && rank + ROWS < ranks && busy[warp + ROWS] > STAGES) filled = issued = STAGES;
 #pragma unroll 1
     for (; filled < STAGES && filled < copies; filled++) fetch(ring + filled * SLOT_BYTES);
 #if !FIXED

@@ -21,6 +21,23 @@ __device__ __forceinline__ u64 address_of(const Params& P, const Source& source)
     return source.offset == NOWHERE ? 0 : (u64)P.pages + (u64)source.page * P.page_stride + source.offset;
 }
 
+// The source of this lane's copy of a step of an item.
+__device__ __forceinline__ Source source_of(const Params& P, int4 item, int step, u32 lane) {
+    Source source = {0, NOWHERE};
+    step += item.z;
+    const int page = step * STEP_TOKENS / PAGE + (PAGE == 16 ? lane & 1 : 0);
+    bool there = true; // of two pages in a step one may lie before or behind what is seen, and be anything
+    if (PAGE == 16) {
+        const Sight s = sight(P, item.x);
+        there = page * 16 < s.length && (page + 1) * 16 > visible_from(P, s, 0);
+    }
+    if (there) {
+        source.page = P.table[(i64)item.x * P.table_stride + page];
+        source.offset = head_of(P, item.y) * PAGE_BYTES + (PAGE == 64 ? (step & 1) * (STEP_BYTES + MEAN) : 0);
+    }
+    return source;
+}
+
 // The sources of the copies of the next `steps` steps, in their order in the lanes from `first` on.
 __device__ __forceinline__ void look_up(const Params& P, Copies& copies, Source& source, u32 first, int steps, u32 lane) {
     Copies c = copies;
@@ -29,20 +46,7 @@ __device__ __forceinline__ void look_up(const Params& P, Copies& copies, Source&
     for (int done = 0; done < steps && c.left > 0;) {
         if (c.step == c.item.w) c.item = next_item(P, c.item), c.step = 0;
         const int n = min(min(steps - done, c.item.w - c.step), c.left);
-        if (mine >= done && mine < done + n) {
-            const int step = c.item.z + c.step + mine - done;
-            const int page = step * STEP_TOKENS / PAGE + (PAGE == 16 ? lane & 1 : 0);
-            source.offset = NOWHERE;
-            bool there = true; // of two pages in a step one may lie before or behind what is seen, and be anything
-            if (PAGE == 16) {
-                const Sight s = sight(P, c.item.x);
-                there = page * 16 < s.length && (page + 1) * 16 > visible_from(P, s, 0);
-            }
-            if (there) {
-                source.page = P.table[(i64)c.item.x * P.table_stride + page];
-                source.offset = head_of(P, c.item.y) * PAGE_BYTES + (PAGE == 64 ? (step & 1) * (STEP_BYTES + MEAN) : 0);
-            }
-        }
+        if (mine >= done && mine < done + n) source = source_of(P, c.item, c.step + mine - done, lane);
         done += n, c.step += n, c.left -= n;
     }
     __syncwarp(); // everybody has read
