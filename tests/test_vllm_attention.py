@@ -25,6 +25,7 @@ from kvfold.integrations.vllm import impl as impl_module
 from kvfold.integrations.vllm.impl import as_pages
 from kvfold.layout import PageLayout
 from kvfold.ops import cuda
+from kvfold.ops.options import DecodeSchedule
 from vllm_stand_in import Engine, config
 
 PACKED = {"turboquant": {"chunk": "packed"}}
@@ -403,6 +404,76 @@ def test_inputs_are_ready_behind_the_store(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [
         ("store_kv", False), ("decode_attention", True), ("decode_attention", True), ("prefill_attention", False),
     ]  # fmt: skip
+
+
+@pytest.fixture
+def schedules(monkeypatch: pytest.MonkeyPatch) -> list[DecodeSchedule | None]:
+    """What calls of decode attention are given, where an implementation has a use for schedules."""
+    seen: list[DecodeSchedule | None] = []
+    real = ops.decode_attention
+
+    def make(seq_lens: torch.Tensor, layout: PageLayout, heads: int, kv_heads: int, query_tokens: int, out: Any) -> Any:
+        data = torch.zeros(64, dtype=torch.int32) if out is None else out.data
+        data[: len(seq_lens)] = seq_lens
+        return DecodeSchedule(data, len(seq_lens), query_tokens, kv_heads, heads // kv_heads, 0, None)
+
+    def attend(*args: Any, schedule: DecodeSchedule | None = None, **kwargs: Any) -> Any:
+        seen.append(schedule)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "schedule_decode", make)
+    monkeypatch.setattr(ops, "decode_attention", attend)
+    return seen
+
+
+def test_a_step_has_one_schedule_for_all_layers(schedules: list[DecodeSchedule | None]) -> None:
+    engine = Engine(speculating(3), layers=({}, {}))
+    served = [Served(engine, layer) for layer in (0, 1)]
+    a, b = served[0].add(100), served[0].add(100)
+    served[0].step({a: 50, b: 60})  # chunks alone
+    assert schedules == []
+    metadata, slots = engine.step([(a, 50, 4), (b, 60, 1)])
+    q, k, v = (torch.randn(5, heads * 64).to(engine.dtype) for heads in (4, 2, 2))
+    for layer in (0, 1):
+        engine.run(metadata, slots, q, k, v, layer)
+    fours, ones, *again = schedules
+    assert again == [fours, ones]
+    assert fours is not None
+    assert ones is not None
+    assert fours[1:] == (1, 4, 2, 2, 0, None)
+    assert ones[1:] == (1, 1, 2, 2, 0, None)
+    assert (fours.data[0], ones.data[0]) == (54, 61)
+    assert fours.data.data_ptr() != ones.data.data_ptr()
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_graphs_schedule_is_renewed_where_it_lies(drafts: int, schedules: list[DecodeSchedule | None]) -> None:
+    engine, n = Engine(speculating(drafts) if drafts else config()), 1 + drafts
+    seqs = [engine.add() for _ in range(4)]
+    captured = next(iter(engine.step([(seq, 70, n) for seq in seqs], capture=True)[0].values()))
+    (decodes,) = captured.decodes
+    assert decodes.schedule is not None
+    assert decodes.schedule.batch == 4
+    later = next(iter(engine.step([(seq, 140 + seq, n) for seq in seqs[:3]])[0].values()))
+    assert later.decodes[0].schedule.batch == 3
+    assert decodes.schedule.data[:3].tolist() == [140 + n, 141 + n, 142 + n]
+
+
+def test_schedules_are_of_the_first_rows(schedules: list[DecodeSchedule | None]) -> None:
+    """Rows of one length, then of another, and so on: memory is for a few."""
+    engine = Engine(speculating(3))
+    rows = [(engine.add(), 70, 1 + i % 2) for i in range(7)]
+    batch = next(iter(engine.step(rows)[0].values()))
+    assert [decodes.schedule is not None for decodes in batch.decodes] == [True] * 4 + [False] * 3
+
+
+def test_batch_invariance_needs_no_schedule(
+    schedules: list[DecodeSchedule | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in.selector.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
+    served = Served(Engine(config(additional=PACKED)))
+    served.step({served.add(70): 64})
+    assert schedules == [None]
 
 
 def test_a_layer_that_shares_a_cache_has_nothing_stored_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,7 +170,7 @@ class CompressedImpl(AttentionImpl[Metadata]):
             ops.decode_attention(
                 query[rows.begin : rows.end].unflatten(0, per_row), pages, rows.block_table, rows.seq_lens, layout,
                 scale=self.scale, softcap=self.softcap, batch_invariant=self.batch_invariant, inputs_ready=ready,
-                out=result[rows.begin : rows.end].unflatten(0, per_row),
+                schedule=rows.schedule, out=result[rows.begin : rows.end].unflatten(0, per_row),
             )  # fmt: skip
         exact = self.settings.chunk == "exact" and not self.shares
         for chunks in batch.chunks:

@@ -34,8 +34,13 @@ from kvfold import ops
 from kvfold.errors import UnsupportedModelError
 from kvfold.integrations.vllm.backend import PAGE_SIZE, CompressedBackend
 from kvfold.integrations.vllm.settings import Settings
+from kvfold.layout import PageLayout
+from kvfold.ops.options import DecodeSchedule
 
 logger = init_logger("vllm.kvfold.metadata")
+
+_SCHEDULES = 4
+"""Rows of one length each in a batch that have a schedule of their own: 135 KB on an H200."""
 
 
 class Decodes(NamedTuple):
@@ -46,6 +51,7 @@ class Decodes(NamedTuple):
         query_len: Tokens of a row (Tq).
         block_table: int32 ``[B, P]``.
         seq_lens: int32 ``[B]``, the queries included; 0 for a row that only fills up a CUDA graph.
+        schedule: Of all layers, made for these lengths; None where each layer's call makes its own, or needs none.
     """
 
     begin: int
@@ -53,6 +59,7 @@ class Decodes(NamedTuple):
     query_len: int
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    schedule: DecodeSchedule | None = None
 
 
 class Chunks(NamedTuple):
@@ -127,6 +134,9 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
             shape = (max(sizes), block_table_width, self.pages_per_block)
             self._page_table = torch.zeros(shape, dtype=torch.int32, device=device)
             self._within = torch.arange(self.pages_per_block, dtype=torch.int32, device=device)
+        self._layout = layout_of(kv_cache_spec, vllm_config, layer_names)
+        self._heads = heads_of(vllm_config, layer_names)
+        self._schedules: dict[tuple[int, int], DecodeSchedule] = {}  # at addresses that graphs keep
         describe(vllm_config)
 
     def build(
@@ -151,7 +161,10 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
             if not kind:
                 continue
             if kind <= self.reorder_batch_threshold:
-                metadata.decodes.append(Decodes(begin, end, kind, table[rows], batch.seq_lens[rows]))
+                place = len(metadata.decodes)
+                metadata.decodes.append(
+                    self._scheduled(Decodes(begin, end, kind, table[rows], batch.seq_lens[rows]), place)
+                )
             else:
                 metadata.chunks.append(self._chunks(batch, first, last, starts, table))
         return metadata
@@ -173,7 +186,23 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
             )
         table = self._pages(batch.block_table_tensor[: batch.num_reqs])
         decodes = Decodes(0, tokens, query_len, table[:rows], batch.seq_lens[:rows])
-        return Metadata(tokens, batch.slot_mapping, [decodes])
+        return Metadata(tokens, batch.slot_mapping, [self._scheduled(decodes, 0)])
+
+    def _scheduled(self, decodes: Decodes, place: int) -> Decodes:
+        """The rows with their schedule, if they are among the first of a batch.
+
+        A graph has the schedule's address. It is replayed behind a ``build`` of rows of as many tokens, which come
+        first in their batch, as the graph's did, and so renews it; rows that only fill up have no part in it.
+        """
+        if self._heads is None or place >= _SCHEDULES:
+            return decodes
+        key = place, decodes.query_len
+        made = ops.schedule_decode(
+            decodes.seq_lens, self._layout, *self._heads, query_tokens=decodes.query_len, out=self._schedules.get(key)
+        )
+        if made is not None:
+            self._schedules[key] = made
+        return decodes._replace(schedule=made)
 
     def _check(self, batch: CommonAttentionMetadata) -> None:
         if batch.causal is not True:
@@ -224,6 +253,20 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
             ops.remember_lengths(tensor, values.tolist())
         rows = slice(first, last)
         return Chunks(int(starts[first]), int(starts[last]), table[rows], context, total, cu_seqlens)
+
+
+def layout_of(spec: AttentionSpec, vllm_config: VllmConfig, layer_names: list[str]) -> PageLayout:
+    """Of the pages of a group's layers, which have one format."""
+    backend = vllm_config.compilation_config.static_forward_context[layer_names[0]].get_attn_backend()
+    return PageLayout.of(backend.format, spec.head_size, getattr(spec, "head_size_v", None), PAGE_SIZE)
+
+
+def heads_of(vllm_config: VllmConfig, layer_names: list[str]) -> tuple[int, int] | None:
+    """Query heads and KV heads of a group's layers, if one schedule serves them all."""
+    layers = vllm_config.compilation_config.static_forward_context
+    impls = [layers[name].impl for name in layer_names]
+    heads = {(impl.num_heads, impl.num_kv_heads) for impl in impls}
+    return heads.pop() if len(heads) == 1 and not any(impl.batch_invariant for impl in impls) else None
 
 
 def _by_token(vllm_config: VllmConfig) -> bool:
