@@ -19,6 +19,8 @@ from cuda_cases import BF16, F16, F32, attend, check, compare, pick, queries, sa
 from emulator import BLOCKS_BACKWARDS, LATE_COPIES, SEED, THREADS_BACKWARDS, EmulatedDevice, emulated_device
 from emulator.device import STRUCTURES
 from emulator.ptx import UnknownInstructionError, translate
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ops_cases import empty_cache, fill, make_cache, noise
 
 from kvfold import ops
@@ -310,6 +312,38 @@ def test_rings_that_other_warps_fill(page_size: int, largest_piece: int, spec: s
         for schedule in SCHEDULES:
             device.schedule = schedule
             assert same(attend(cache, q, inputs_ready=True, schedule=made), want), schedule
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    multiprocessors=st.sampled_from([3, 12, 132]),
+    lengths=st.one_of(
+        st.lists(st.integers(0, 5000), min_size=1, max_size=200),
+        st.builds(lambda n, length: [length] * n, st.integers(1, 130), st.integers(1, 40_000)),
+    ),
+    heads=st.sampled_from([1, 2, 8]),
+    group=st.sampled_from([1, 4, 8]),
+)
+def test_every_step_is_dealt_out_once(multiprocessors: int, lengths: list[int], heads: int, group: int) -> None:
+    with emulated_device(multiprocessors, largest_piece=4096), ops.backend("cuda"):
+        made = ops.schedule_decode(torch.tensor(lengths), PageLayout.of("k4v4", 128), heads * group, heads)
+    assert made is not None
+    blocks = dealing.blocks_of(1, group)
+    records = made.data.view(multiprocessors * dealing.WARPS[blocks], dealing._WORDS)
+    steps, items = torch.tensor([-(-length // 32) for length in lengths]), heads * -(-group // (4 * blocks))
+    copies, goes_on = records[:, 5], records[0, 10]
+    assert copies.sum() == steps.sum() * items
+    if goes_on:  # equal stretches of the line of all steps
+        assert goes_on == steps.sum() * items
+        assert copies.max() - copies.min() <= 1
+        return
+    pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for sequence, item, _, _, begin, count in records[copies > 0, :6].tolist():
+        pieces.setdefault((sequence, item), []).append((begin, begin + count))
+    for (sequence, _), its in pieces.items():
+        assert [begin for begin, _ in its] == [0, *(end for _, end in its[:-1])]
+        assert its[-1][1] == steps[sequence]
+    assert len(pieces) == (steps > 0).sum() * items
 
 
 def test_a_schedule_is_renewed_for_other_lengths(device: EmulatedDevice) -> None:

@@ -497,6 +497,28 @@ def test_a_captured_graph_serves_what_comes_next(invariant: bool) -> None:
     assert torch.cuda.memory_allocated() == allocated
 
 
+def test_a_captured_graph_serves_what_its_schedule_is_renewed_for() -> None:
+    """With other lengths, of some of the sequences, the last ones being empty then, and with inputs that are ready."""
+    cache = stored((3000, 2000, 1000, 3000), heads=4)
+    q = queries(cache)
+    with ops.backend(BACKEND):
+        made = scheduled(cache, q)
+        attend(cache, q, schedule=made)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = attend(cache, q, schedule=made, inputs_ready=True)
+        for lengths in ((3000, 2000, 1000, 3000), (5, 0, 999, 64), (3000, 1, 0, 0), (40, 0, 0, 0), (0, 0, 0, 0)):
+            rows = max((b + 1 for b, length in enumerate(lengths) if length), default=1)
+            cache.lengths.copy_(torch.tensor(lengths))
+            ops.schedule_decode(cache.lengths[:rows], cache.layout, q.shape[2], 4, out=made)
+            q.copy_(queries(cache))
+            torch.cuda.synchronize()
+            graph.replay()
+            torch.cuda.synchronize()
+            compare(captured, truth(cache, q))
+            assert same(attend(cache, q), captured)
+
+
 def test_a_graph_keeps_its_scratch_when_a_later_call_needs_more() -> None:
     cache = stored((3000, 3000), heads=4)
     few, many, scratch = queries(cache, group=4), queries(cache, group=8), decode._scratch(DEVICE.index)

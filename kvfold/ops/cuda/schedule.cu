@@ -7,7 +7,7 @@
 #include "decode_ptx.cuh"
 #include "decode_spans.cuh"
 
-#define SLACK 32 // pieces may be longer than equal stretches by one part in so many
+#define SLACK 32 // pieces may be longer, and items be cut into fewer, by one part in so many
 #define LONG_PIECE 12 // steps
 #define KNOWN 4 // times 32 sequences, whose lengths the lanes of a warp keep
 
@@ -24,9 +24,13 @@ struct Deal {
 // n / divisor, rounded down; exact for n below 2^20.
 __device__ __forceinline__ u32 quotient(u32 n, float inverse) { return (u32)(((float)n + 0.5f) * inverse); }
 
-// Into how many pieces an item of so many steps is cut, or how many steps there are in the line.
+// Into how many pieces an item of so many steps is cut, or how many steps there are in the line. A few warps are left out where
+// the item then is whole CTAs: fewer have parts of it to merge.
 __device__ __forceinline__ u32 units_of(const Deal& d, u32 steps) {
-    return d.piece ? max(quotient(steps + d.piece - 1, d.inverse), (u32)((float)steps * d.spread)) : steps;
+    if (!d.piece) return steps;
+    const u32 units = max(quotient(steps + d.piece - 1, d.inverse), (u32)((float)steps * d.spread));
+    const u32 whole = units / WARPS * WARPS;
+    return d.spread > 0.f && whole + whole / SLACK >= units ? whole : units;
 }
 
 // How many places an item has in the line: a warp each, or a step. With gaps a divisor of a CTA's warps, four at least, for as
