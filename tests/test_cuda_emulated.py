@@ -361,6 +361,10 @@ def test_a_schedule_is_renewed_for_other_lengths(device: EmulatedDevice) -> None
     assert (again.batch, made.batch) == (4, 6)
     assert not torch.equal(made.data, before)
     assert same(attend(shorter, q, schedule=made, inputs_ready=True), want)
+    ops.schedule_decode(shorter.lengths[:0], cache.layout, q.shape[2], 2, out=made)
+    nothing = torch.full_like(q, 7)
+    empty = replace(cache, lengths=torch.zeros(6, dtype=torch.long))
+    assert not attend(empty, q, schedule=made, inputs_ready=True, out=nothing)[0].any()
 
 
 def test_schedules_with_options(device: EmulatedDevice) -> None:

@@ -413,7 +413,7 @@ def schedules(monkeypatch: pytest.MonkeyPatch) -> list[DecodeSchedule | None]:
     real = ops.decode_attention
 
     def make(seq_lens: torch.Tensor, layout: PageLayout, heads: int, kv_heads: int, query_tokens: int, out: Any) -> Any:
-        data = torch.zeros(64, dtype=torch.int32) if out is None else out.data
+        data = torch.zeros(64, dtype=torch.int32) if out is None else out.data.fill_(-1)
         data[: len(seq_lens)] = seq_lens
         return DecodeSchedule(data, len(seq_lens), query_tokens, kv_heads, heads // kv_heads, 0, None)
 
@@ -457,6 +457,21 @@ def test_a_graphs_schedule_is_renewed_where_it_lies(drafts: int, schedules: list
     later = next(iter(engine.step([(seq, 140 + seq, n) for seq in seqs[:3]])[0].values()))
     assert later.decodes[0].schedule.batch == 3
     assert decodes.schedule.data[:3].tolist() == [140 + n, 141 + n, 142 + n]
+
+
+def test_rows_that_all_fill_up_a_graph_have_an_empty_schedule(schedules: list[DecodeSchedule | None]) -> None:
+    """As the second half of a batch may be: what the graph's schedule said before would be read otherwise."""
+    engine = Engine(config())
+    metadata, _ = engine.step([(engine.add(), 70, 1) for _ in range(4)])
+    (decodes,) = next(iter(metadata.values())).decodes
+    assert decodes.schedule is not None
+    batch = CommonAttentionMetadata(
+        query_start_loc=torch.zeros(3, dtype=torch.int32), query_start_loc_cpu=torch.zeros(3, dtype=torch.int32),
+        seq_lens=torch.zeros(2, dtype=torch.int32), num_reqs=2, num_actual_tokens=0, max_query_len=1, max_seq_len=1,
+        block_table_tensor=torch.zeros(2, 4, dtype=torch.int32), slot_mapping=torch.zeros(2, dtype=torch.int64),
+    )  # fmt: skip
+    assert engine.builder.build(0, batch).decodes == []
+    assert decodes.schedule.data.tolist() == [-1] * 64
 
 
 def test_schedules_are_of_the_first_rows(schedules: list[DecodeSchedule | None]) -> None:

@@ -229,9 +229,9 @@ def decode_attention(
         batch_invariant: Whether the bits of a sequence's result may not depend on what else is in the batch. On a GPU
             that costs speed, as work is dealt out by sequence; the CPU's implementations always are.
         inputs_ready: The caller's promise that all tensors but the pages were complete before the kernel that precedes
-            this call on its stream began, as they are where that is :func:`store_kv`'s. With a schedule, or in
-            batch-invariant mode, the CUDA kernel then reads them while that kernel still runs; others take no notice.
-            A broken promise reads old values.
+            this call on its stream began, the schedule's among them, as they are where that is :func:`store_kv`'s. With
+            a schedule, or in batch-invariant mode, the CUDA kernel then reads them while that kernel still runs; others
+            take no notice. A broken promise reads old values.
         schedule: What :func:`schedule_decode` made of the same lengths and options. Without one the CUDA kernel's
             launch is preceded by one that makes it. Where the lengths have changed since, results are wrong. In
             batch-invariant mode it is not looked at.

@@ -162,8 +162,8 @@ class CompressedImpl(AttentionImpl[Metadata]):
         if not self.shares:
             ops.store_kv(key[:tokens], value[:tokens], pages, batch.slot_mapping[:tokens], layout)
         result = output if output.is_contiguous() else torch.empty_like(output, memory_format=torch.contiguous_format)
-        # q, tables and lengths were complete before the store began, and results are written in place, so that nothing
-        # is launched between the store and a decode but other decodes
+        # q, tables, lengths and schedules were complete before the store began, and results are written in place, so
+        # that nothing is launched between the store and a decode but other decodes, and schedules of those without
         ready = not self.shares
         for rows in batch.decodes:
             per_row = (-1, rows.query_len)
