@@ -2,8 +2,8 @@
 
     python benchmarks/decode_limits.py --shapes 8x32768 8x4096 --format k4v4 --json limits.json
 
-`decode.cu` is compiled as it is and with lines of it changed, so that launch, dealing out, queries, splits and merging
-are the same in all of them:
+`decode.cu` is compiled as it is and with lines of it changed, so that launch, queries, splits and merging are the same
+in all of them:
 
 * `frame`: warps go through their steps without bytes and without arithmetic: what is around the loop.
 * `reading`: pages are copied to shared memory as ever, and nothing is done with them.

@@ -132,6 +132,7 @@ def test_python_and_cuda_agree_on_structures(device: EmulatedDevice) -> None:
         device.kernel("expand.cu", "expand", none, **expand._defines(layout, F16, False)),
         prefill._merge_kernel(layout, 3, True, BF16, 0)[0],
         decode._kernel(layout, 0, 1, BF16, False, False, False)[0],
+        device.kernel("schedule.cu", "deal_out", none, WARPS=16),
     ]
     for kernel in kernels:
         for name, (structure, _) in STRUCTURES[kernel.file].items():  # type: ignore[attr-defined]
@@ -329,21 +330,35 @@ def test_every_step_is_dealt_out_once(multiprocessors: int, lengths: list[int], 
         made = ops.schedule_decode(torch.tensor(lengths), PageLayout.of("k4v4", 128), heads * group, heads)
     assert made is not None
     blocks = dealing.blocks_of(1, group)
-    records = made.data.view(multiprocessors * dealing.WARPS[blocks], dealing._WORDS)
+    warps, names = multiprocessors * dealing.WARPS[blocks], [field[0] for field in dealing.Share._fields_]
+    records = made.data.view(warps, len(names))
     steps, items = torch.tensor([-(-length // 32) for length in lengths]), heads * -(-group // (4 * blocks))
-    copies, goes_on = records[:, 5], records[0, 10]
+    copies, goes_on = records[:, names.index("copies")], records[0, names.index("total")]
     assert copies.sum() == steps.sum() * items
     if goes_on:  # equal stretches of the line of all steps
         assert goes_on == steps.sum() * items
         assert copies.max() - copies.min() <= 1
         return
     pieces: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for sequence, item, _, _, begin, count in records[copies > 0, :6].tolist():
-        pieces.setdefault((sequence, item), []).append((begin, begin + count))
+    for record in records[copies > 0].tolist():
+        its = dict(zip(names, record, strict=True))
+        piece = its["begin"], its["begin"] + its["copies"]
+        pieces.setdefault((its["sequence"], its["head"]), []).append(piece)
+    average = int(steps.sum()) * items / warps
+    assert copies.max() <= max(average + 3, average * (33 / 32) ** 2 + 1)
     for (sequence, _), its in pieces.items():
         assert [begin for begin, _ in its] == [0, *(end for _, end in its[:-1])]
         assert its[-1][1] == steps[sequence]
     assert len(pieces) == (steps > 0).sum() * items
+
+
+@pytest.mark.parametrize("steps", [(19, 19), (43,), (30, 7)], ids=str)
+def test_warps_with_as_many_steps_as_a_ring_beside_warps_with_more(steps: tuple[int, ...]) -> None:
+    """The former fill their own rings, and nobody else does."""
+    with emulated_device(multiprocessors=1), ops.backend("cuda"):
+        cache = stored([32 * n for n in steps], heads=1)
+        q = queries(cache)
+        assert same(attend(cache, q, inputs_ready=True, schedule=scheduled(cache, q)), check(cache, q))
 
 
 def test_a_schedule_is_renewed_for_other_lengths(device: EmulatedDevice) -> None:
@@ -382,21 +397,31 @@ def test_schedules_with_options(device: EmulatedDevice) -> None:
         ({"window": 5}, "window None and not 5"),
         ({"lag": 2}, "lag 0 and not 2"),
         ({"rows": [0, 1]}, "batch 3 and not 2"),
+        ({"first": torch.zeros(3, dtype=torch.int32)}, "first False and not True"),
+        ({"query_start": torch.ones(3, dtype=torch.int32)}, "query_start False and not True"),
     ],
     ids=str,
 )
 def test_a_schedule_of_another_call_is_refused(change: dict, message: str, device: EmulatedDevice) -> None:
     cache = stored((90, 1, 30))
     made = scheduled(cache, queries(cache))
-    options = {name: change[name] for name in ("window", "lag") if name in change}
+    options = {name: change[name] for name in ("window", "lag", "first", "query_start") if name in change}
     cache = pick(cache, change.get("rows", [0, 1, 2]))
     q = queries(cache, change.get("group", 4), change.get("tokens", 1))
     with pytest.raises(ShapeError, match=f"made for {message}; schedule_decode makes one"):
         attend(cache, q, schedule=made, **options)
-    if "tokens" in change or "group" in change:
-        with pytest.raises(ShapeError, match="make another one"):
-            ops.schedule_decode(cache.lengths, cache.layout, q.shape[2], 2, query_tokens=q.shape[1], out=made)
+    if "rows" not in change:
+        with pytest.raises(ShapeError, match=f"for {message}; make another one"):
+            ops.schedule_decode(
+                cache.lengths, cache.layout, q.shape[2], 2, query_tokens=q.shape[1], out=made, **options
+            )
     attend(cache, q, batch_invariant=True, schedule=made, **options)  # which deals out by itself
+
+
+@pytest.mark.parametrize("tokens", [0, -3])
+def test_a_schedule_of_no_query_token_is_refused(tokens: int, device: EmulatedDevice) -> None:
+    with pytest.raises(ShapeError, match=f"1 query token or more of a sequence, not of {tokens}"):
+        ops.schedule_decode(torch.tensor([70]), PageLayout.of("k4v4", 128), 8, 2, query_tokens=tokens)
 
 
 @pytest.mark.parametrize("group", [4, 8])

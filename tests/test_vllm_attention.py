@@ -415,7 +415,7 @@ def schedules(monkeypatch: pytest.MonkeyPatch) -> list[DecodeSchedule | None]:
     def make(seq_lens: torch.Tensor, layout: PageLayout, heads: int, kv_heads: int, query_tokens: int, out: Any) -> Any:
         data = torch.zeros(64, dtype=torch.int32) if out is None else out.data.fill_(-1)
         data[: len(seq_lens)] = seq_lens
-        return DecodeSchedule(data, len(seq_lens), query_tokens, kv_heads, heads // kv_heads, 0, None)
+        return DecodeSchedule(data, len(seq_lens), query_tokens, kv_heads, heads // kv_heads, 0, None, False, False)
 
     def attend(*args: Any, schedule: DecodeSchedule | None = None, **kwargs: Any) -> Any:
         seen.append(schedule)
@@ -440,8 +440,8 @@ def test_a_step_has_one_schedule_for_all_layers(schedules: list[DecodeSchedule |
     assert again == [fours, ones]
     assert fours is not None
     assert ones is not None
-    assert fours[1:] == (1, 4, 2, 2, 0, None)
-    assert ones[1:] == (1, 1, 2, 2, 0, None)
+    assert fours[1:] == (1, 4, 2, 2, 0, None, False, False)
+    assert ones[1:] == (1, 1, 2, 2, 0, None, False, False)
     assert (fours.data[0], ones.data[0]) == (54, 61)
     assert fours.data.data_ptr() != ones.data.data_ptr()
 

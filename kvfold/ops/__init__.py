@@ -231,10 +231,10 @@ def decode_attention(
         inputs_ready: The caller's promise that all tensors but the pages were complete before the kernel that precedes
             this call on its stream began, the schedule's among them, as they are where that is :func:`store_kv`'s. With
             a schedule, or in batch-invariant mode, the CUDA kernel then reads them while that kernel still runs; others
-            take no notice. A broken promise reads old values.
+            take no notice. A broken promise reads old values, of which an old schedule is the worst.
         schedule: What :func:`schedule_decode` made of the same lengths and options. Without one the CUDA kernel's
-            launch is preceded by one that makes it. Where the lengths have changed since, results are wrong. In
-            batch-invariant mode it is not looked at.
+            launch is preceded by one that makes it. Where lengths or other positions have changed since, anything may
+            happen: wrong results, faults, a kernel that never ends. In batch-invariant mode it is not looked at.
         out: Where the result is to be written: ``[B, Tq, Hq, dv]`` of q's dtype, contiguous. It is returned then.
 
     Returns:
@@ -265,7 +265,12 @@ def decode_attention(
     implementation = choose(pages.device, layout)
     more: dict[str, object] = {}
     if schedule is not None and implementation.SCHEDULES and not batch_invariant:
-        _check_schedule(schedule, q, pages, lag, window)
+        group = q.shape[2] // pages.shape[1]
+        wanted = DecodeSchedule(  # of a tensor that only tells the device
+            seq_lens, batch, q.shape[1], pages.shape[1], group, lag, window, first is not None, query_start is not None
+        )
+        if wrong := schedule.differences(wanted):
+            raise ShapeError(f"the schedule was made for {wrong}; schedule_decode makes one for this call")
         more["made"] = schedule
     if out is not None and implementation.WRITES_OUT:
         _, lse = implementation.decode_attention(q, pages, block_table, seq_lens, layout, options, out=out, **more)
@@ -290,21 +295,24 @@ def schedule_decode(
     """Deal out, once, the work of all :func:`decode_attention` that will see the same lengths: of a step's layers.
 
     It is one launch on the current stream, which waits for nothing. A captured graph that has been given a schedule
-    serves any lengths if ``out`` renews the schedule before each replay.
+    serves any lengths if ``out`` renews the schedule before each replay, for as many sequences as the graph's call has
+    or for the first ones, the others being of length 0; never for more. Between this and a decode with
+    ``inputs_ready`` there has to be another kernel.
 
     Args:
-        seq_lens: int32 or int64 ``[B]``.
+        seq_lens: int32 or int64 ``[B]``, on the device of the pages.
         layout: Of the pages.
         num_heads: Query heads (Hq). num_kv_heads: KV heads (H).
         query_tokens: Of a sequence (Tq).
         first, query_start, lag, window: As they will be passed to :func:`decode_attention`.
-        out: A schedule of as many query tokens and heads, whose memory is written again.
+        out: A schedule of as many query tokens and heads and of the same options, whose memory is written again.
 
     Returns:
         The schedule, or None if the implementation that :func:`choose` takes has no use for one.
 
     Raises:
-        ShapeError: A tensor has the wrong shape, dtype or device; ``out`` is of other heads or query tokens.
+        ShapeError: A tensor has the wrong shape, dtype or device; there are no query tokens; ``out`` is a schedule of
+            other heads, query tokens or options.
     """
     _check_integer("seq_lens", seq_lens, (None,), seq_lens.device)
     for name, positions in (("first", first), ("query_start", query_start)):
@@ -315,28 +323,15 @@ def schedule_decode(
     implementation = choose(seq_lens.device, layout)
     if not implementation.SCHEDULES:
         return None
-    group = num_heads // num_kv_heads
-    if out is not None and (out.query_tokens, out.num_kv_heads, out.group) != (query_tokens, num_kv_heads, group):
-        raise ShapeError(
-            f"out is a schedule of {out.query_tokens} query tokens, {out.num_kv_heads} KV heads and {out.group} query "
-            f"heads each, not of {query_tokens}, {num_kv_heads} and {group}; make another one"
-        )
-    made: DecodeSchedule = implementation.schedule_decode(
-        seq_lens, query_tokens, num_kv_heads, group, first, query_start, lag, window, out
-    )
-    return made
-
-
-def _check_schedule(
-    schedule: DecodeSchedule, q: torch.Tensor, pages: torch.Tensor, lag: int, window: int | None
-) -> None:
-    heads = pages.shape[1]
-    wanted = DecodeSchedule(schedule.data, q.shape[0], q.shape[1], heads, q.shape[2] // heads, lag, window)
-    if schedule[1:] != wanted[1:] or schedule.data.device != q.device:
-        pairs = zip(DecodeSchedule._fields[1:], schedule[1:], wanted[1:], strict=True)
-        wrong = [f"{name} {its} and not {value}" for name, its, value in pairs if its != value]
-        wrong += [f"device {schedule.data.device} and not {q.device}"] * (schedule.data.device != q.device)
-        raise ShapeError(f"the schedule was made for {', '.join(wrong)}; schedule_decode makes one for this call")
+    if query_tokens < 1:
+        raise ShapeError(f"a schedule is of 1 query token or more of a sequence, not of {query_tokens}")
+    made = DecodeSchedule(
+        seq_lens, len(seq_lens), query_tokens, num_kv_heads, num_heads // num_kv_heads, lag, window, first is not None,
+        query_start is not None,
+    )  # fmt: skip
+    if out is not None and (wrong := out._replace(batch=made.batch).differences(made)):
+        raise ShapeError(f"out is a schedule for {wrong}; make another one")
+    return made._replace(data=implementation.schedule_decode(made, seq_lens, first, query_start, out and out.data))
 
 
 def exact_attention(

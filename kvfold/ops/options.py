@@ -13,6 +13,7 @@ class DecodeSchedule(NamedTuple):
     Attributes:
         data: int32, the implementation's own.
         batch, query_tokens, num_kv_heads, group, lag, window: What it was made for; group is query heads per KV head.
+        first, query_start: Whether they were given.
     """
 
     data: torch.Tensor
@@ -22,6 +23,15 @@ class DecodeSchedule(NamedTuple):
     group: int
     lag: int
     window: int | None
+    first: bool
+    query_start: bool
+
+    def differences(self, other: DecodeSchedule) -> str:
+        """What this one was made for that the other was not, and its device; empty if nothing."""
+        pairs = zip(self._fields[1:], self[1:], other[1:], strict=True)
+        found = [f"{name} {mine} and not {its}" for name, mine, its in pairs if mine != its]
+        found += [f"{self.data.device} and not {other.data.device}"] * (self.data.device != other.data.device)
+        return ", ".join(found)
 
 
 class AttentionOptions(NamedTuple):

@@ -38,7 +38,13 @@ STRUCTURES: dict[str, Layouts] = {
     "store.cu": {"Call": (store._Call, _CALL_NAMES), "Recipe": (store._Recipe, {}), "Format": (store._Format, {})},
     "expand.cu": {"Window": (expand._Window, {}), "Levels": (expand._Levels, {}), "Chunk": (expand._Chunk, {})},
     "prefill.cu": {"Part": (prefill._Part, {}), "Rotate": (prefill._Rotate, {}), "Rotations": (prefill._Rotations, {})},
-    "schedule.cu": {"Params": (schedule.Params, {})},
+    "schedule.cu": {
+        "Params": (schedule.Params, {}),
+        "Share": (
+            schedule.Share,
+            {"sequence": "item.x", "head": "item.y", "first_step": "item.z", "steps": "item.w"},
+        ),
+    },
     "decode.cu": {"Params": (schedule.Params, {})},
     "store_trellis.cu": {
         "Call": (store._Call, _CALL_NAMES),

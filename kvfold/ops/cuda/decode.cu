@@ -323,9 +323,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         __syncthreads();
         // Merge what the CTA's warps have of the same item: a chain of neighbouring warps, led by the one that begins the item,
         // or by the first if an earlier CTA does. Each warp merges some of the values.
-        const bool known = lane < WARPS;
-        const u32 closing = __ballot_sync(~0u, known && ends[lane % WARPS]);
-        const u32 opening = __ballot_sync(~0u, known && partial[lane % WARPS][1]);
+        const bool own = lane < WARPS;
+        const u32 closing = __ballot_sync(~0u, own && ends[lane % WARPS]);
+        const u32 opening = __ballot_sync(~0u, own && partial[lane % WARPS][1]);
         u32 complete = 0; // chains, by leader
         int turn = 0;     // whose it is to merge
 #pragma unroll 1
@@ -371,16 +371,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     for (int slot = 0; slot < 2; slot++) {
         if (!pending[slot]) continue;
         const int4 its = whole[slot];
-        const int quad = warp % (4 * NB), share = warp / (4 * NB), shares = WARPS / (4 * NB);
+        const int quad = warp % (4 * NB), part = warp / (4 * NB), parts = WARPS / (4 * NB);
         // what CTAs left: of the one that begins the item it is [1], of the others [0]
         const int from = its.z / WARPS, count = its.w / WARPS - from + 1;
         const float* const begins = P.scratch + (i64)from * SLOTS * PARTIAL;
         const Chain all = {begins + (SLOTS - 1) * PARTIAL, begins + (i64)(count - 1) * SLOTS * PARTIAL, begins, SLOTS * PARTIAL, count};
-        const int used = min(shares, count);
-        if (count > 4 && share < used) merge(all, share, shares, (float*)(shared + share * SLICE), false, quad, lane);
+        const int used = min(parts, count);
+        if (count > 4 && part < used) merge(all, part, parts, (float*)(shared + part * SLICE), false, quad, lane);
         __syncthreads();
         const Chain rest = {(float*)shared, (float*)(shared + (used - 1) * SLICE), (float*)shared, SLICE / 4, used};
-        if (share == 0) merge(count > 4 ? rest : all, 0, 1, (float*)shared + PARTIAL, true, quad, lane);
+        if (part == 0) merge(count > 4 ? rest : all, 0, 1, (float*)shared + PARTIAL, true, quad, lane);
         __syncthreads();
         if (warp < ROWS) finish(P, (float*)shared + PARTIAL, its.x, its.y, warp, lane);
         __syncthreads();

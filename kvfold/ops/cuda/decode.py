@@ -216,7 +216,7 @@ def decode_attention(
     stream = torch.cuda.current_stream(q.device).cuda_stream
     if not options.batch_invariant:
         floats = sms * (2 + _PLACES * threads // 32) * partial
-        own = 0 if made is not None else schedule.words(index, blocks)  # behind the partial results
+        own = schedule.words(index, blocks)  # behind the partial results, for calls that are given no schedule
         params.scratch, params.counters = scratch.of_stream(stream, floats + own)
         if made is not None:
             params.schedule = made.data.data_ptr()
@@ -229,7 +229,7 @@ def decode_attention(
     items = heads * params.row_blocks
     if items > _MAX_COUNTERS:
         raise ShapeError(
-            f"batch-invariant decode_attention takes at most {_MAX_COUNTERS * 4 * blocks // heads} query rows of a KV "
+            f"batch-invariant decode_attention takes at most {_MAX_COUNTERS * schedule.ROWS * blocks // heads} query rows of a KV "
             f"head, and {num_queries} query tokens of {num_heads // heads} heads are more; use prefill_attention"
         )
     at_once = max(1, min(_INVARIANT_SCRATCH // (4 * partial * _SPLITS * items), _MAX_COUNTERS // items, 65535))

@@ -43,10 +43,10 @@ struct Params { // what is needed first comes first: constants arrive by lines
     int batch, num_queries, heads, row_blocks, group;
     int lag, window; // window 0: none
     int wide;        // bit 0: seq_lens is int64, bit 1: first, bit 2: query_start
-    u32 largest_piece; // of an item, see deal() in schedule.cu
+    u32 largest_piece; // of an item, for schedule.cu
     int ready;         // whether all but the pages may be read before the kernels ahead have ended
-    u64 warps_inverse; // 2^64 over the number of warps, rounded up
-    Share* schedule; // [grid, WARPS]: schedule.cu writes it; FIXED: none
+    u64 warps_inverse; // 2^64 over the number of warps, rounded up, for schedule.cu
+    Share* schedule; // [grid, WARPS]: schedule.cu writes it, behind `scratch` if nobody has made it ahead; FIXED: none
     const int* table;
     const void* q;
     const u8* pages;

@@ -19,9 +19,18 @@ ROWS = 4
 """Query rows of a KV head in a block; a warp serves one block or two."""
 WARPS = {1: 16, 2: 12}
 """Of a CTA of the decode kernel, by blocks: as many as their registers allow."""
-_WORDS = 12  # of a record: Share in decode_spans.cuh
 _FAR = 2**30  # tokens: more than any sequence has
 _LARGEST_PIECE = 4096  # steps up to which items are cut so that no warp goes on from one to another
+
+
+class Share(ctypes.Structure):
+    """What a warp has to do: Share in decode_spans.cuh."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("sequence", "head", "first_step", "steps", "begin", "copies")),
+        *((name, ctypes.c_int32) for name in ("first_warp", "last_warp", "sharing", "idle")),
+        *((name, ctypes.c_uint32) for name in ("total", "item_begin")),
+    )
 
 
 class Params(ctypes.Structure):
@@ -85,7 +94,7 @@ def params_of(
 
 def words(index: int, blocks: int) -> int:
     """int32 of a schedule."""
-    return multiprocessors(index) * WARPS[blocks] * _WORDS
+    return multiprocessors(index) * WARPS[blocks] * ctypes.sizeof(Share) // 4
 
 
 def launch(params: Params, index: int, blocks: int, address: int) -> None:
@@ -97,21 +106,16 @@ def launch(params: Params, index: int, blocks: int, address: int) -> None:
 
 
 def schedule_decode(
-    seq_lens: torch.Tensor,
-    query_tokens: int,
-    heads: int,
-    group: int,
-    first: torch.Tensor | None,
-    query_start: torch.Tensor | None,
-    lag: int,
-    window: int | None,
-    out: DecodeSchedule | None,
-) -> DecodeSchedule:
-    """See :func:`kvfold.ops.schedule_decode`."""
-    index, blocks, batch = seq_lens.device.index, blocks_of(query_tokens, group), seq_lens.shape[0]
-    params, read = params_of(batch, query_tokens, heads, group, lag, window, (seq_lens, first, query_start))
-    size = words(index, blocks)
-    data = torch.empty(size, dtype=torch.int32, device=seq_lens.device) if out is None else out.data
+    made: DecodeSchedule, seq_lens: torch.Tensor, first: torch.Tensor | None, query_start: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """The data of a schedule that is ``made`` for certain calls; see :func:`kvfold.ops.schedule_decode`."""
+    index, blocks = seq_lens.device.index, blocks_of(made.query_tokens, made.group)
+    params, read = params_of(
+        made.batch, made.query_tokens, made.num_kv_heads, made.group, made.lag, made.window,
+        (seq_lens, first, query_start),
+    )  # fmt: skip
+    data = torch.empty(words(index, blocks), dtype=torch.int32, device=seq_lens.device) if out is None else out
     launch(params, index, blocks, data.data_ptr())
-    del read
-    return DecodeSchedule(data, batch, query_tokens, heads, group, lag, window)
+    del read  # alive until the launch is queued
+    return data
