@@ -229,8 +229,9 @@ def decode_attention(
     items = heads * params.row_blocks
     if items > _MAX_COUNTERS:
         raise ShapeError(
-            f"batch-invariant decode_attention takes at most {_MAX_COUNTERS * schedule.ROWS * blocks // heads} query rows of a KV "
-            f"head, and {num_queries} query tokens of {num_heads // heads} heads are more; use prefill_attention"
+            f"batch-invariant decode_attention takes at most {_MAX_COUNTERS * schedule.ROWS * blocks // heads} query "
+            f"rows of a KV head, and {num_queries} query tokens of {num_heads // heads} heads are more; use "
+            "prefill_attention"
         )
     at_once = max(1, min(_INVARIANT_SCRATCH // (4 * partial * _SPLITS * items), _MAX_COUNTERS // items, 65535))
     params.scratch, params.counters = scratch.of_stream(stream, min(at_once, batch) * items * _SPLITS * partial)
