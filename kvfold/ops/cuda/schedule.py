@@ -101,8 +101,12 @@ def launch(params: Params, index: int, blocks: int, address: int) -> None:
     """Write the schedule of ``params``."""
     sms, warps = multiprocessors(index), WARPS[blocks]
     params.schedule, params.largest_piece, params.warps_inverse = address, _LARGEST_PIECE, -(-(2**64) // (sms * warps))
-    kernel = runtime.kernel("schedule.cu", "deal_out", torch.device("cuda", index), WARPS=warps)
-    kernel.launch((sms, 1, 1), 32 * warps, 0, params, early=True)
+    _kernel(index, warps).launch((sms, 1, 1), 32 * warps, 0, params, early=True)
+
+
+@lru_cache(maxsize=64)
+def _kernel(index: int, warps: int) -> runtime.Kernel:
+    return runtime.kernel("schedule.cu", "deal_out", torch.device("cuda", index), WARPS=warps)
 
 
 def schedule_decode(
