@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import vllm_stand_in as stand_in  # skips where vLLM is not installed
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -24,7 +26,7 @@ from kvfold.errors import ShapeError, UnsupportedModelError
 from kvfold.integrations.vllm import impl as impl_module
 from kvfold.integrations.vllm.impl import as_pages
 from kvfold.layout import PageLayout
-from kvfold.ops import cuda
+from kvfold.ops import cuda, reference
 from kvfold.ops.options import DecodeSchedule
 from vllm_stand_in import Engine, config
 
@@ -652,6 +654,48 @@ def test_the_run_that_measures_memory_gives_zeros_and_warms_up() -> None:
         impl.warm_up(q.unflatten(1, (-1, d)), k.unflatten(1, (-1, d)), v.unflatten(1, (-1, d)), impl._layout)
     assert len(impl_module._warm) == 1
     assert not engine.layers[0].kv_cache.any()
+
+
+class Allocations(TorchDispatchMode):
+    """The bytes of the largest tensor that is made and no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_long_context_needs_no_more_memory_than_a_window(
+    backend: str, additional: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upstream #40420, #41565, #41726, #43357: a workspace of the whole context is out of memory some day.
+
+    The window is made small here. What is as long as a context is its list of pages.
+    """
+    monkeypatch.setattr(reference, "WINDOW_BYTES", 2**18)
+    engine = Engine(config(additional=additional), num_blocks=64)
+    with ops.backend(backend):
+        served = Served(engine)
+        a = served.add(4000)
+        served.step({a: 3800})
+        served.step({a: 60})
+        for new in (60, 1):
+            metadata, slots = engine.step([(a, served.done[a], new)])
+            own = slice(served.done[a], served.done[a] + new)
+            q, k, v = (x[a][own].flatten(1) for x in (served.q, served.keys, served.values))
+            with Allocations() as seen:
+                engine.run(metadata, slots, q, k, v)
+            context = 4 * sum(x[a][: own.stop].numel() for x in (served.keys, served.values))
+            assert 0 < seen.largest <= 2 * 2**18 < context / 4
+            served.done[a] += new
 
 
 def test_an_output_with_gaps_is_written_all_the_same() -> None:
