@@ -418,6 +418,14 @@ def test_a_schedule_of_another_call_is_refused(change: dict, message: str, devic
     attend(cache, q, batch_invariant=True, schedule=made, **options)  # which deals out by itself
 
 
+def test_a_schedule_that_is_none_is_refused(device: EmulatedDevice) -> None:
+    cache = stored((90,))
+    made = scheduled(cache, queries(cache))
+    assert made is not None
+    with pytest.raises(ShapeError, match="what schedule_decode returns, not a Tensor"):
+        attend(cache, queries(cache), schedule=made.data)
+
+
 @pytest.mark.parametrize("tokens", [0, -3])
 def test_a_schedule_of_no_query_token_is_refused(tokens: int, device: EmulatedDevice) -> None:
     with pytest.raises(ShapeError, match=f"1 query token or more of a sequence, not of {tokens}"):

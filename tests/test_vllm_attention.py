@@ -27,85 +27,8 @@ from kvfold.integrations.vllm import impl as impl_module
 from kvfold.integrations.vllm.impl import as_pages
 from kvfold.layout import PageLayout
 from kvfold.ops import cuda, reference
-from kvfold.ops.options import DecodeSchedule
+from vllm_served import PACKED, SLACK, Served, speculating
 from vllm_stand_in import Engine, config
-
-PACKED = {"turboquant": {"chunk": "packed"}}
-SLACK = {torch.bfloat16: 6e-3, torch.float16: 1e-3}  # a rounding of the result, relative to its norm
-
-
-class Served:
-    """Sequences with random K and V, served step by step and compared with plain attention."""
-
-    def __init__(self, engine: Engine, layer: int = 0) -> None:
-        self.engine, self.layer = engine, layer
-        self.keys: list[torch.Tensor] = []  # [tokens, H, d] as the model made them
-        self.values: list[torch.Tensor] = []
-        self.q: list[torch.Tensor] = []  # [tokens, Hq, d]
-        self.layout = PageLayout.of(engine.layers[layer].get_attn_backend().format, engine.head_size, page_size=64)
-        settings = engine.layers[layer].impl.settings
-        self.exact = settings.chunk == "exact" and not engine.layers[layer].impl.shares
-        self.done: list[int] = []
-
-    def add(self, tokens: int, of: int | None = None, shared: int = 0) -> int:
-        """A request of so many tokens in the end; its first ``shared`` tokens are those of another (a prefix hit)."""
-        e, generator = self.engine, torch.Generator().manual_seed(len(self.keys))
-        for store, heads in ((self.keys, e.kv_heads), (self.values, e.kv_heads), (self.q, e.heads)):
-            x = torch.randn(tokens, heads, e.head_size, generator=generator).to(e.dtype)
-            if of is not None:
-                x[:shared] = store[of][:shared]
-            store.append(x)
-        seq = e.add()
-        if of is not None:
-            assert shared % e.block_size == 0
-            e.blocks[seq] = e.blocks[of][: shared // e.block_size]
-        self.done.append(shared)
-        return seq
-
-    def step(self, new: dict[int, int], **options: Any) -> dict[int, torch.Tensor]:
-        """Serve the next tokens of some sequences, in this order, and check each result. Returns them."""
-        e = self.engine
-        rows = [(seq, self.done[seq], count) for seq, count in new.items()]
-        metadata, slots = e.step(rows, **options)
-        pad = options.get("pad_tokens", 0)
-        q, k, v = (
-            torch.cat([*(store[seq][at : at + count] for seq, at, count in rows), store[0][:1].repeat(pad, 1, 1)])
-            for store in (self.q, self.keys, self.values)
-        )  # fmt: skip
-        out = e.run(metadata, slots, q.flatten(1), k.flatten(1), v.flatten(1), self.layer).unflatten(1, (e.heads, -1))
-        results, begin = {}, 0
-        one = next(iter(metadata.values()))
-        decodes = {(d.begin + i * d.query_len) for d in one.decodes for i in range(len(d.seq_lens))}
-        for seq, start, count in rows:
-            self.done[seq] = start + count
-            results[seq] = out[begin : begin + count]
-            wanted = self.expected(seq, start, count, self.exact and begin not in decodes)
-            error = (results[seq].double() - wanted).norm() / wanted.norm()
-            assert error < SLACK[e.dtype], f"sequence {seq}, tokens {start} to {start + count}: {error:.2e}"
-            begin += count
-        return results
-
-    def expected(self, seq: int, start: int, count: int, exact: bool) -> torch.Tensor:
-        """Attention in float64 to what is stored, and to the chunk itself as it came if ``exact``: ``[n, Hq, d]``."""
-        e = self.engine
-        table = torch.tensor([self._pages(seq)], dtype=torch.int32)
-        cache = e.layers[self.layer].kv_cache
-        pages = as_pages(cache, e.kv_heads, self.layout)
-        k, v = (x[0].double() for x in ops.load_kv(pages, table, self.layout, start + count))
-        if exact:
-            k[start:], v[start:] = (x[seq][start : start + count].double() for x in (self.keys, self.values))
-        group = e.heads // e.kv_heads
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", self.q[seq][start : start + count].double(), k) * e.scale
-        softcap = e.layers[self.layer].impl.softcap
-        if softcap:
-            scores = softcap * torch.tanh(scores / softcap)
-        hidden = torch.arange(start + count) > torch.arange(start, start + count)[:, None]
-        return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
-
-    def _pages(self, seq: int) -> list[int]:
-        n = self.engine.block_size // 64
-        return [block * n + i for block in self.engine.blocks[seq] for i in range(n)]
 
 
 @pytest.fixture(params=["exact", "packed"])
@@ -304,16 +227,6 @@ def test_other_layers_may_stay_uncompressed() -> None:
 # --- speculation ------------------------------------------------------------------------------------------------------
 
 
-def speculating(tokens: int, **options: Any) -> Any:
-    """A configuration whose steps verify ``tokens`` drafts."""
-    cfg = config(**options)
-    cfg.speculative_config = stand_in.types.SimpleNamespace(
-        num_speculative_tokens=tokens, parallel_drafting=False, enable_adaptive_verification=False, method="ngram",
-        use_eagle=lambda: False, use_dspark=lambda: False,
-    )  # fmt: skip
-    return cfg
-
-
 def test_drafts_are_verified_as_decodes(additional: dict[str, Any]) -> None:
     """Upstream #52475, #53180, #40831: several query tokens of a row, each seeing the tokens up to its own."""
     served = Served(Engine(speculating(3, additional=additional)))
@@ -406,91 +319,6 @@ def test_inputs_are_ready_behind_the_store(monkeypatch: pytest.MonkeyPatch) -> N
     assert calls == [
         ("store_kv", False), ("decode_attention", True), ("decode_attention", True), ("prefill_attention", False),
     ]  # fmt: skip
-
-
-@pytest.fixture
-def schedules(monkeypatch: pytest.MonkeyPatch) -> list[DecodeSchedule | None]:
-    """What calls of decode attention are given, where an implementation has a use for schedules."""
-    seen: list[DecodeSchedule | None] = []
-    real = ops.decode_attention
-
-    def make(seq_lens: torch.Tensor, layout: PageLayout, heads: int, kv_heads: int, query_tokens: int, out: Any) -> Any:
-        data = torch.zeros(64, dtype=torch.int32) if out is None else out.data.fill_(-1)
-        data[: len(seq_lens)] = seq_lens
-        return DecodeSchedule(data, len(seq_lens), query_tokens, kv_heads, heads // kv_heads, 0, None, False, False)
-
-    def attend(*args: Any, schedule: DecodeSchedule | None = None, **kwargs: Any) -> Any:
-        seen.append(schedule)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "schedule_decode", make)
-    monkeypatch.setattr(ops, "decode_attention", attend)
-    return seen
-
-
-def test_a_step_has_one_schedule_for_all_layers(schedules: list[DecodeSchedule | None]) -> None:
-    engine = Engine(speculating(3), layers=({}, {}))
-    served = [Served(engine, layer) for layer in (0, 1)]
-    a, b = served[0].add(100), served[0].add(100)
-    served[0].step({a: 50, b: 60})  # chunks alone
-    assert schedules == []
-    metadata, slots = engine.step([(a, 50, 4), (b, 60, 1)])
-    q, k, v = (torch.randn(5, heads * 64).to(engine.dtype) for heads in (4, 2, 2))
-    for layer in (0, 1):
-        engine.run(metadata, slots, q, k, v, layer)
-    fours, ones, *again = schedules
-    assert again == [fours, ones]
-    assert fours is not None
-    assert ones is not None
-    assert fours[1:] == (1, 4, 2, 2, 0, None, False, False)
-    assert ones[1:] == (1, 1, 2, 2, 0, None, False, False)
-    assert (fours.data[0], ones.data[0]) == (54, 61)
-    assert fours.data.data_ptr() != ones.data.data_ptr()
-
-
-@pytest.mark.parametrize("drafts", [0, 3])
-def test_a_graphs_schedule_is_renewed_where_it_lies(drafts: int, schedules: list[DecodeSchedule | None]) -> None:
-    engine, n = Engine(speculating(drafts) if drafts else config()), 1 + drafts
-    seqs = [engine.add() for _ in range(4)]
-    captured = next(iter(engine.step([(seq, 70, n) for seq in seqs], capture=True)[0].values()))
-    (decodes,) = captured.decodes
-    assert decodes.schedule is not None
-    assert decodes.schedule.batch == 4
-    later = next(iter(engine.step([(seq, 140 + seq, n) for seq in seqs[:3]])[0].values()))
-    assert later.decodes[0].schedule.batch == 3
-    assert decodes.schedule.data[:3].tolist() == [140 + n, 141 + n, 142 + n]
-
-
-def test_rows_that_all_fill_up_a_graph_have_an_empty_schedule(schedules: list[DecodeSchedule | None]) -> None:
-    """As the second half of a batch may be: what the graph's schedule said before would be read otherwise."""
-    engine = Engine(config())
-    metadata, _ = engine.step([(engine.add(), 70, 1) for _ in range(4)])
-    (decodes,) = next(iter(metadata.values())).decodes
-    assert decodes.schedule is not None
-    batch = CommonAttentionMetadata(
-        query_start_loc=torch.zeros(3, dtype=torch.int32), query_start_loc_cpu=torch.zeros(3, dtype=torch.int32),
-        seq_lens=torch.zeros(2, dtype=torch.int32), num_reqs=2, num_actual_tokens=0, max_query_len=1, max_seq_len=1,
-        block_table_tensor=torch.zeros(2, 4, dtype=torch.int32), slot_mapping=torch.zeros(2, dtype=torch.int64),
-    )  # fmt: skip
-    assert engine.builder.build(0, batch).decodes == []
-    assert decodes.schedule.data.tolist() == [-1] * 64
-
-
-def test_schedules_are_of_the_first_rows(schedules: list[DecodeSchedule | None]) -> None:
-    """Rows of one length, then of another, and so on: memory is for a few."""
-    engine = Engine(speculating(3))
-    rows = [(engine.add(), 70, 1 + i % 2) for i in range(7)]
-    batch = next(iter(engine.step(rows)[0].values()))
-    assert [decodes.schedule is not None for decodes in batch.decodes] == [True] * 4 + [False] * 3
-
-
-def test_batch_invariance_needs_no_schedule(
-    schedules: list[DecodeSchedule | None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stand_in.selector.envs, "VLLM_BATCH_INVARIANT", True, raising=False)
-    served = Served(Engine(config(additional=PACKED)))
-    served.step({served.add(70): 64})
-    assert schedules == [None]
 
 
 def test_a_layer_that_shares_a_cache_has_nothing_stored_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
