@@ -265,6 +265,8 @@ def decode_attention(
     implementation = choose(pages.device, layout)
     more: dict[str, object] = {}
     if schedule is not None and implementation.SCHEDULES and not batch_invariant:
+        if not isinstance(schedule, DecodeSchedule):
+            raise ShapeError(f"a schedule is what schedule_decode returns, not a {type(schedule).__name__}")
         group = q.shape[2] // pages.shape[1]
         wanted = DecodeSchedule(  # of a tensor that only tells the device
             seq_lens, batch, q.shape[1], pages.shape[1], group, lag, window, first is not None, query_start is not None
@@ -320,11 +322,11 @@ def schedule_decode(
             _check_integer(name, positions, (seq_lens.shape[0],), seq_lens.device)
     _check_groups(num_heads, num_kv_heads)
     _check_options(window, None)
+    if query_tokens < 1:
+        raise ShapeError(f"a schedule is of 1 query token or more of a sequence, not of {query_tokens}")
     implementation = choose(seq_lens.device, layout)
     if not implementation.SCHEDULES:
         return None
-    if query_tokens < 1:
-        raise ShapeError(f"a schedule is of 1 query token or more of a sequence, not of {query_tokens}")
     made = DecodeSchedule(
         seq_lens, len(seq_lens), query_tokens, num_kv_heads, num_heads // num_kv_heads, lag, window, first is not None,
         query_start is not None,

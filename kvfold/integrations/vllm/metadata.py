@@ -274,7 +274,7 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
 def layout_of(spec: AttentionSpec, vllm_config: VllmConfig, layer_names: list[str]) -> PageLayout:
     """Of the pages of a group's layers, which have one format."""
     backend = vllm_config.compilation_config.static_forward_context[layer_names[0]].get_attn_backend()
-    return PageLayout.of(backend.format, spec.head_size, getattr(spec, "head_size_v", None), PAGE_SIZE)
+    return PageLayout.of(backend.format, spec.head_size, spec.head_size_v, PAGE_SIZE)
 
 
 def heads_of(vllm_config: VllmConfig, layer_names: list[str]) -> tuple[int, int] | None:
