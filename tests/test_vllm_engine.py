@@ -120,18 +120,24 @@ def test_capacity_is_the_planners(model: Path) -> None:
     )
 
 
-def test_eight_bits_are_the_model_itself(model: Path) -> None:
-    """Against transformers without compression: the most likely tokens and their logarithms."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_eight_bits_are_the_model_itself(model: Path, ranks: int) -> None:
+    """Against transformers without compression: the most likely tokens and their logarithms. Two ranks have a head each."""
     from transformers import AutoModelForCausalLM
 
-    answer = serve(model, [PROMPTS], new=1, logprobs=5, kv_cache_dtype="kvfold_k8v8")
+    from kvfold.planner import ModelShape, cache_bytes
+
+    options = {"kv_cache_dtype": "kvfold_k8v8", "tensor_parallel_size": ranks}
+    answer = serve(model, [PROMPTS], new=4, logprobs=5, **options)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     for prompt, one in zip(PROMPTS, answer["rounds"][0], strict=True):
         with torch.inference_mode():
-            wanted = plain(torch.tensor([prompt])).logits[0, -1].float().log_softmax(-1)
-        for token, logprob in one["logprobs"][0].items():
-            assert abs(wanted[int(token)] - logprob) < 0.25
-        assert one["tokens"] == [int(wanted.argmax())]
+            logits = plain(torch.tensor([prompt + one["tokens"][:-1]])).logits[0, len(prompt) - 1 :]
+        for said, wanted in zip(one["logprobs"], logits.float().log_softmax(-1), strict=True):
+            for token, logprob in said.items():
+                assert abs(wanted[int(token)] - logprob) < 0.25
+    shape, blocks = ModelShape.uniform(3, 2 // ranks, 64), answer["blocks"]
+    assert cache_bytes(shape, "k8v8", 64 * blocks) <= 2**22 < cache_bytes(shape, "k8v8", 64 * (blocks + 1))
 
 
 def test_layers_have_formats_of_their_own(model: Path) -> None:

@@ -22,6 +22,7 @@ os.environ |= {
     "VLLM_TARGET_DEVICE": "cpu",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the other one is made of Triton kernels
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else each rank asks for a NUMA node of its own
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
@@ -68,6 +69,7 @@ class Operations:
 
 torch.ops._C = Operations()
 
+import vllm.model_executor.layers.utils
 from vllm.platforms.cpu import CpuPlatform
 
 
@@ -84,6 +86,8 @@ def choose(cls: type, selected: Any, attn_selector_config: Any, num_heads: int |
 
 
 CpuPlatform.get_attn_backend_cls = classmethod(choose)
+# where the processor has AMX, small products are the compiled part's
+vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *shape: False
 
 
 def main() -> None:
@@ -115,10 +119,12 @@ def main() -> None:
         ])  # fmt: skip
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
     cache = llm.llm_engine.vllm_config.cache_config
-    print(json.dumps({
+    answer = {
         "rounds": rounds, "metrics": metrics, "blocks": cache.num_gpu_blocks, "block_size": cache.block_size,
         "tokens": cache.kv_cache_size_tokens,
-    }))  # fmt: skip
+    }  # fmt: skip
+    llm.llm_engine.engine_core.shutdown()  # the workers of several ranks say that they end, and the answer comes last
+    print(json.dumps(answer))
 
 
 if __name__ == "__main__":
