@@ -122,7 +122,7 @@ def test_capacity_is_the_planners(model: Path) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_eight_bits_are_the_model_itself(model: Path, ranks: int) -> None:
-    """Against transformers without compression: the most likely tokens and their logarithms. Two ranks have a head each."""
+    """Against transformers without compression: likely tokens and their logarithms. Two ranks have a KV head each."""
     from transformers import AutoModelForCausalLM
 
     from kvfold.planner import ModelShape, cache_bytes
