@@ -118,7 +118,7 @@ def measure(
     from kvfold.bench.timing import Replayable, Timer, copy_bandwidth
 
     device = torch.device("cuda", torch.cuda.current_device())
-    setting = Setting(device, torch.cuda.get_device_properties(device).L2_cache_size, PAGE_SIZE)
+    setting = Setting.of(device, PAGE_SIZE)
     timer = Timer(device, setting.l2_bytes)
     copy = copy_bandwidth(device)
     rows: list[dict[str, object]] = []

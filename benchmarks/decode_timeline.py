@@ -187,7 +187,7 @@ def measure(
 
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
-    setting = Setting(device, properties.L2_cache_size, PAGE_SIZE)
+    setting = Setting.of(device, PAGE_SIZE)
     timer = Timer(device, setting.l2_bytes)
     buffer = torch.zeros(properties.multi_processor_count, WARPS, COLUMNS, dtype=torch.int64, device=device)
     rows: list[dict[str, object]] = []

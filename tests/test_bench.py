@@ -25,7 +25,7 @@ from kvfold.commands import bench as bench_command
 from kvfold.formats import KVFormat
 from kvfold.layout import PageLayout
 
-CPU = Setting(torch.device("cpu"), l2_bytes=1000, page_size=16)
+CPU = Setting(torch.device("cpu"), l2_bytes=1000, page_size=16, memory_bytes=2**20)
 K4V4 = KVFormat.parse("k4v4")
 DECODE = DecodeCase("2x40", (40, 40), num_heads=4, num_kv_heads=2, head_size=32)
 RAGGED = DecodeCase("ragged", (5, 33, 16), num_heads=4, num_kv_heads=2, head_size=32, query_tokens=3)
@@ -112,6 +112,17 @@ def test_copies_exceed_the_l2_or_are_many() -> None:
     assert CPU.copies(1) == CPU.copies(0) == MAX_COPIES
 
 
+def test_all_kernels_of_a_decode_have_as_many_calls() -> None:
+    """DECODE is 160 vectors of 64 values: 20 bytes each in k2v2, and 128 in bf16."""
+    assert DECODE.cache_bytes(KVFormat.parse("k2v2")) == 3200
+    assert DECODE.cache_bytes(KVFormat.parse("bf16")) == 20480
+    room = 8 * 20480
+    assert replace(CPU, memory_bytes=8 * room).decodes(DECODE) == 8
+    assert replace(CPU, memory_bytes=8 * room - 1).decodes(DECODE) == 7
+    assert replace(CPU, memory_bytes=0).decodes(DECODE) == 2  # which the L2 asks for
+    assert replace(CPU, l2_bytes=16000).decodes(DECODE) == 20
+
+
 def test_page_tables_are_disjoint_and_complete() -> None:
     tables, total = block_tables(RAGGED, copies=3, page_size=16, device=CPU.device)
     assert tables.shape == (3, 3, 3)
@@ -141,7 +152,8 @@ def test_our_kernels_run_and_are_right(case: Case, spec: str) -> None:
     wanted = case.cache_bytes(fmt) + (case.input_bytes if isinstance(case, StoreCase) else 0)
     assert kernel.bytes == wanted
     # a prefill is called once in a replay, as its rivals are
-    assert len(kernel.calls) == (1 if isinstance(case, PrefillCase) else CPU.copies(wanted))
+    calls = {PrefillCase: 1, StoreCase: CPU.copies(wanted)}.get(type(case)) or CPU.decodes(case)
+    assert len(kernel.calls) == calls
     for call in kernel.calls[:2]:
         call()
     check = ours.check(case, CPU, fmt, "cpu")

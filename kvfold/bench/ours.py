@@ -74,7 +74,7 @@ def random_pages(layout: PageLayout, num_pages: int, num_kv_heads: int, device: 
 def _decode(case: DecodeCase, setting: Setting, fmt: KVFormat, backend: str) -> Kernel:
     layout = PageLayout.of(fmt, case.head_size, None, setting.page_size)
     call_bytes = case.cache_bytes(fmt)
-    tables, num_pages = block_tables(case, setting.copies(call_bytes), setting.page_size, setting.device)
+    tables, num_pages = block_tables(case, setting.decodes(case), setting.page_size, setting.device)
     pages = random_pages(layout, num_pages, case.num_kv_heads, setting.device)
     q, seq_lens = queries(case, setting.device), lengths(case, setting.device)
     with ops.backend(backend):  # a step's layers share it, as FlashAttention-3's do its metadata

@@ -84,7 +84,7 @@ def _flash_attention_3(case: Case, setting: Setting, dtype: torch.dtype, fmt: KV
         raise Unavailable("FlashAttention-3 runs on compute capability 9.x alone")
     attend = _fa3_entry()
     if isinstance(case, DecodeCase):
-        copies = setting.copies(case.cache_bytes(fmt))
+        copies = setting.decodes(case)
         return _fa3_variants(attend, case, setting, dtype, copies, case.cache_bytes(fmt), (setting.page_size,))
     whole = DecodeCase(
         case.name, (case.prefix + case.chunk,), case.num_heads, case.num_kv_heads, case.head_size, case.chunk
@@ -239,7 +239,7 @@ def _sdpa(case: Case, setting: Setting, backend: str) -> Sequence[Kernel]:
         raise Unavailable("its causal mask lets the first of several queries see the first key alone")
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    copies = setting.copies(case.cache_bytes(_BF16))
+    copies = setting.decodes(case)
     shape = (copies, case.batch, case.num_kv_heads, case.longest, case.head_size)
     k, v = (_random(shape, torch.bfloat16, setting.device) for _ in range(2))
     q = queries(case, setting.device).transpose(1, 2)
@@ -294,7 +294,7 @@ def _turboquant_decode(case: DecodeCase, setting: Setting, parameters: Any, leve
     module = _import("vllm.v1.attention.ops.triton_turboquant_decode", "upstream's TurboQuant", "install vllm")
     device, slot_bytes = setting.device, parameters.slot_size_aligned
     call_bytes = case.tokens * case.num_kv_heads * slot_bytes
-    tables, num_pages = block_tables(case, setting.copies(call_bytes), setting.page_size, device)
+    tables, num_pages = block_tables(case, setting.decodes(case), setting.page_size, device)
     cache = _turboquant_slots((num_pages, setting.page_size, case.num_kv_heads, slot_bytes), parameters, device)
     q, seq_lens = queries(case, device)[:, 0], lengths(case, device)
     rotation = _hadamard(case.head_size, device)

@@ -1,10 +1,10 @@
 """The clock: CUDA-graph replays with a cold L2.
 
-A replay is a graph of calls, each on a copy of the data of its own (:meth:`~kvfold.bench.kernel.Setting.copies`), and
-the time of a call is the replay's time over their number. Two things keep what a call reads out of the L2:
+A replay is a graph of calls, each on a copy of the data of its own (:meth:`~kvfold.bench.kernel.Setting.decodes`,
+:meth:`~kvfold.bench.kernel.Setting.copies`), and the time of a call is the replay's time over their number. Two things
+keep what a call reads out of the L2:
 
-* its data is touched once in a replay, and the copies of a replay exceed the L2 several times; a cache that is that
-  large already needs no copy;
+* its data is touched once in a replay, and the copies of a replay exceed the L2 several times;
 * before each replay, outside the time, a buffer of eight times the L2 is *read*. Small data, whose copies do not fill
   the L2, is evicted by that. It is read and not written because a written L2 is full of lines that the timed kernel
   would have to wait for on their way to memory. The read also keeps the device busy while the replay is submitted, so

@@ -79,8 +79,7 @@ def run(args: argparse.Namespace) -> int:
         reports.require_matplotlib()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log goes to stdout, where the table belongs
     device = torch.device("cuda", torch.cuda.current_device())
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    setting = Setting(device, l2_bytes, args.page_size)
+    setting = Setting.of(device, args.page_size)
     report = reports.Report(dict(BASELINES))
     head = {
         "command": shlex.join(["kvfold", *sys.argv[1:]]),
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             "backends": args.backend,
             "page_size": args.page_size,
             "replays": args.replays,
-            "l2_bytes": l2_bytes,
+            "l2_bytes": setting.l2_bytes,
         },
     }
     try:
