@@ -89,7 +89,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     options = {"max_num_seqs": 64, "enable_prefix_caching": False, "enforce_eager": True} | MODES[job["mode"]]
     ours = job["dtype"] != "auto"
     llm = LLM(
-        model=job["model"], skip_tokenizer_init=True, dtype="bfloat16", seed=0, kv_cache_dtype=job["dtype"],
+        model=job["model"], skip_tokenizer_init=True, dtype=job["precision"], seed=0, kv_cache_dtype=job["dtype"],
         max_model_len=LONGEST, disable_log_stats=False, max_logprobs=max(job["logprobs"] or 0, 20),
         **options,
         # so many bytes, and no measurement of what is free, so that other engines may start meanwhile
@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="what prompts are cut from")
     parser.add_argument("--model", help="a directory (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", default="turboquant")
+    parser.add_argument("--precision", choices=("bfloat16", "float16"), default="bfloat16", help="of the model")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--longest", type=int, default=6000, help="tokens of the longest prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
@@ -248,7 +249,7 @@ def main() -> None:
     prompts = prompts_of(args.text.read_text(encoding="utf-8"), folder, args.prompts, args.longest)
     job = {
         "prompts": prompts, "new": args.new, "default": args.default,
-        "logprobs": args.logprobs if args.default else None,
+        "logprobs": args.logprobs if args.default else None, "precision": args.precision,
     }  # fmt: skip
     modes = list(dict.fromkeys([FIRST, *args.modes]))
     modes += [other for mode, other in COMPARED_WITH.items() if mode in modes and other not in modes]
@@ -278,7 +279,7 @@ def main() -> None:
             "dtype": args.dtype,
             "prompts": [len(p) for p in prompts],
             "heads_of_zeros": served != folder,
-        } | {key: job[key] for key in ("new", "default", "logprobs")}
+        } | {key: job[key] for key in ("precision", "new", "default", "logprobs")}
         result = head | {"environment": environment_of_gpu(None), "settings": settings, "modes": rows, "failed": failed}
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     if failed:
