@@ -33,7 +33,7 @@ test-slow: $(READY)  ## the slow tests: torch.compile with inductor, SmolLM2
 test-all: test-slow test  ## all tests that need no GPU
 
 test-vllm: $(VLLM)/.ready  ## the tests against the real vLLM, which need no GPU; makes .venv-vllm of 3.4 GB
-	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) tests/test_vllm_*.py
+	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -n $(JOBS) --dist loadgroup tests/test_vllm_*.py
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -8,6 +8,8 @@ and prints the answer as JSON on its last line. ``python tests/vllm_cpu_engine.p
     new       tokens to generate
     rounds    lists of prompts, each a list of token ids; the prompts of a round are served together
     logprobs  how many to return of each token
+
+With arguments of vLLM's own command line it is that: ``python tests/vllm_cpu_engine.py serve MODEL ...``
 """
 
 # ruff: noqa: E402 (the order of imports is the point)
@@ -42,6 +44,12 @@ class Operations:
     @staticmethod
     def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
         return logits.argmax(-1)
+
+    @staticmethod
+    def fused_gumbel_argmax(logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """A token drawn from each row's distribution."""
+        noise = [torch.rand(logits.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds.tolist()]
+        return (logits - (-torch.stack(noise).log()).log()).argmax(-1)
 
     @staticmethod
     def compute_slot_mapping_kernel_impl(
@@ -91,6 +99,11 @@ vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *shape: False
 
 
 def main() -> None:
+    if not sys.argv[1].startswith("{"):
+        from vllm.entrypoints.cli.main import main as command_line
+
+        command_line()
+        return
     from vllm import LLM, SamplingParams
 
     job = json.loads(sys.argv[1])
