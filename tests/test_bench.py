@@ -226,6 +226,7 @@ def test_what_a_rival_cannot_do_is_said() -> None:
 def test_sdpa_and_scatter_are_called_right() -> None:
     (flash,) = rivals.sdpa_flash(DECODE, CPU)
     assert flash.bytes == DECODE.cache_bytes(KVFormat.parse("bf16"))
+    assert len(flash.calls) == CPU.decodes(DECODE)
     (scatter,) = rivals.torch_scatter(STORE, CPU)
     assert scatter.bytes == 2 * STORE.input_bytes
     scatter.calls[0]()
@@ -269,6 +270,7 @@ def test_flash_attention_3_is_called_as_vllm_calls_it(case: Case, fp8: bool, mon
     for kernel in kernels:
         assert torch.isfinite(kernel.calls[0]().float()).all()  # type: ignore[attr-defined]
         assert kernel.bytes == case.cache_bytes(KVFormat.parse("kf8castvf8cast" if fp8 else "bf16"))
+        assert len(kernel.calls) == (CPU.decodes(case) if isinstance(case, DecodeCase) else 1)
     assert [call["num_splits"] for call in fake.calls[:2]] == [32, 0]
     call, schedule = fake.calls[0], fake.schedules[0]
     assert call["fa_version"] == 3

@@ -133,7 +133,9 @@ def test_eight_bits_are_the_model_itself(model: Path, ranks: int) -> None:
     for prompt, one in zip(PROMPTS, answer["rounds"][0], strict=True):
         with torch.inference_mode():
             logits = plain(torch.tensor([prompt + one["tokens"][:-1]])).logits[0, len(prompt) - 1 :]
-        for said, wanted in zip(one["logprobs"], logits.float().log_softmax(-1), strict=True):
+        for chosen, said, wanted in zip(one["tokens"], one["logprobs"], logits.float().log_softmax(-1), strict=True):
+            assert len(said) >= 5
+            assert wanted[chosen] > wanted.max() - 0.25
             for token, logprob in said.items():
                 assert abs(wanted[int(token)] - logprob) < 0.25
     shape, blocks = ModelShape.uniform(3, 2 // ranks, 64), answer["blocks"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,8 @@ if find_spec("vllm") is None or find_spec("vllm.config") is None:
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all, in one worker
 SCRIPT = Path(__file__).with_name("vllm_cpu_engine.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 WORDS = 512
 PROMPT = [(7 * i * i + 3 * i) % 500 + 2 for i in range(150)]
 
@@ -64,7 +67,7 @@ class Server:
             f"http://127.0.0.1:{self.port}/v1/{path}", json.dumps({"model": "numbers", **body}).encode(),
             {"Content-Type": "application/json"},
         )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with OPENER.open(request, timeout=120) as answer:
             return answer.read().decode()
 
     def ask(self, path: str, **body: Any) -> Any:
@@ -73,31 +76,47 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    command = [
-        sys.executable, SCRIPT, "serve", model, "--kv-cache-dtype", "turboquant", "--host", "127.0.0.1", "--port",
-        str(port), "--served-model-name", "numbers", "--dtype", "bfloat16", "--max-model-len", "1024",
-        "--max-num-seqs", "8", "--block-size", "64", "--kv-cache-memory-bytes", str(2**22), "--enforce-eager",
-        "--compilation-config", '{"custom_ops": ["none"], "mode": 0}',
-    ]  # fmt: skip
-    with log.open("w") as out, subprocess.Popen(command, env=ENVIRONMENT, stdout=out, stderr=out) as process:
+    for last in (False, False, True):  # somebody else may take the port before the server does
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            sys.executable, SCRIPT, "serve", model, "--kv-cache-dtype", "turboquant", "--host", "127.0.0.1", "--port",
+            str(port), "--served-model-name", "numbers", "--dtype", "bfloat16", "--max-model-len", "1024",
+            "--max-num-seqs", "8", "--block-size", "64", "--kv-cache-memory-bytes", str(2**22), "--enforce-eager",
+            "--no-enable-prefix-caching", "--compilation-config", '{"custom_ops": ["none"], "mode": 0}',
+        ]  # fmt: skip
+        with log.open("w") as out:
+            process = subprocess.Popen(command, env=ENVIRONMENT, stdout=out, stderr=out, start_new_session=True)
         try:
-            for _ in range(240):
-                assert process.poll() is None, log.read_text()[-4000:]
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                        break
-                except OSError:
-                    time.sleep(1)
-            else:
-                pytest.fail(log.read_text()[-4000:])
+            if not answers(port, process):
+                assert not last, log.read_text()[-4000:]
+                assert "in use" in log.read_text(), log.read_text()[-4000:]
+                continue
             assert "kvfold compresses 2 of 2 layers to k4v4" in log.read_text()
             yield Server(port)
+            return
         finally:
             process.terminate()
+            try:
+                process.wait(60)
+            finally:  # its engine is a process of its own, which outlives it if it ends too soon
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def answers(port: int, process: subprocess.Popen[bytes]) -> bool:
+    """Wait for the server; whether it is there."""
+    for _ in range(240):
+        if process.poll() is not None:
+            return False
+        try:
+            with OPENER.open(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+        except OSError:
+            time.sleep(1)
+    return False
 
 
 def test_completions_are_those_of_the_engine(server: Server, model: Path) -> None:
@@ -122,12 +141,11 @@ def test_completions_are_those_of_the_engine(server: Server, model: Path) -> Non
 
 def test_chats_have_logprobs_and_may_be_drawn(server: Server) -> None:
     messages = [{"role": "user", "content": " ".join(map(str, PROMPT[:40]))}]
-    answer = server.ask(
-        "chat/completions", messages=messages, max_tokens=5, logprobs=True, top_logprobs=2, temperature=0
-    )
+    asked = {"messages": messages, "max_tokens": 5, "ignore_eos": True}
+    answer = server.ask("chat/completions", logprobs=True, top_logprobs=2, temperature=0, **asked)
     assert len(answer["logprobs"]["content"]) == len(answer["message"]["content"].split()) == 5
     assert all(len(token["top_logprobs"]) == 2 for token in answer["logprobs"]["content"])
-    drawn = [server.ask("chat/completions", messages=messages, max_tokens=5, seed=seed) for seed in (1, 1, 2)]
+    drawn = [server.ask("chat/completions", seed=seed, **asked) for seed in (1, 1, 2)]
     first, again, other = (one["message"]["content"] for one in drawn)
     assert first == again != other
 
