@@ -100,7 +100,7 @@ SEVERAL = ((128, 64), (33, 80), (32, 256))
     [
         *((f"k{bits}v{9 - bits}", SMALL) for bits in range(1, 9)),
         *(("k4v4", SEVERAL), ("k3v2", SEVERAL), ("k4v4+plain", SMALL), ("k4v3+nc", SMALL), ("k8v2+mse+pre5", SMALL)),
-        *(("k2tv3t", SMALL), ("k4tv2+nc", SMALL), ("k3tv4t+mean", ((80, 40),)), ("k4v4+mean", SMALL)),
+        *(("k2tv3t", ((32, 24),)), ("k4tv2+nc", ((32, 24),)), ("k3tv4t+mean", ((48, 24),)), ("k4v4+mean", SMALL)),
     ],
     ids=str,
 )
