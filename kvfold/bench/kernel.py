@@ -59,9 +59,9 @@ class Setting:
     def decodes(self, case: DecodeCase) -> int:
         """How many calls a replay has, each on a copy of the cache of its own.
 
-        All kernels of a case have as many, so that each bears the same share of what a replay itself costs. They are
-        enough for the smallest cache to exceed the L2, and :data:`DECODE_CALLS`, or as many of the largest as the memory
-        has room for.
+        All kernels of a case have as many, so that each bears the same share of what a replay itself costs: enough for
+        the smallest cache to exceed the L2, and :data:`DECODE_CALLS`, or as many as the memory has room for of the
+        largest.
         """
         room = self.memory_bytes // (MEMORY_SHARE * case.cache_bytes(_LARGEST))
         return max(self.copies(case.cache_bytes(_SMALLEST)), min(DECODE_CALLS, room))
