@@ -43,8 +43,8 @@ _NO_STEP = (r"step<(true|false)>\(P, L, Q, S, slot[^;]*;", ";")
 _WAIT = r"barrier_wait\(slot \+ STEP_END, [^;]*\);"
 _NO_WAIT = (_WAIT, "")
 _NO_COPY = (r"issued < copies && elected\(\)", "issued < min(copies, LAST_COPY) && elected()")
-_NO_HELP = (r"busy\[warp - ROWS\] > STAGES &&", r"\g<0> filled < LAST_COPY &&")
-_NO_PREFETCH = (r"&& from\) prefetch_bulk", "&& from && LAST_COPY > 1) prefetch_bulk")
+_NO_HELP = (r"shares\[warp - ROWS\]\.copies > STAGES &&", r"\g<0> filled < LAST_COPY &&")
+_NO_PREFETCH = (r"&& from\) prefetch_bulk", "&& from && LAST_COPY > 0) prefetch_bulk")
 _FIRST_STEP = (r"(step<(?:true|false)>\(P, L, Q, S, )slot", r"\1ring")
 _FIRST_WAIT = (_WAIT, "barrier_wait(ring + STEP_END, 0);")
 

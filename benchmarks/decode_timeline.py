@@ -10,8 +10,8 @@ for need not be there then; the point behind the first use of it tells.
 * `looked up`: pages are asked for; `rows`: so are the rows of q; `addresses`: those of the first pages are there;
 * `q there`: for all warps of the CTA; `rotated`: q is in registers; `waited`: the kernels ahead have ended;
 * `filled`: the ring's copies are under way; `first data`: the first one's bytes are there; `steps`: all are done;
-* `saved`: the partial result is written; `met`: so are those of the CTA's other warps; `merged`: the warp's share;
-* `finished`: the rows of items that this CTA has alone; `counted`: whether there are others is known; `end`.
+* `saved`: the partial result is written; `met`: so are those of the CTA's other warps; `merged`: the warp's share is,
+  and of items that this CTA has alone it is in the output; `counted`: whether there are others is known; `end`.
 
 Where lengths differ, a warp may have several items: then what lies between `filled` and `saved` has all of them in
 it, and `steps` and `saved` are of the last. `ends` are the loops' ends (`steps`) since the first of all warps entered,
@@ -74,14 +74,13 @@ POINTS = (
     Point(
         "first data",
         r"if \(run <= 0\) \{\n *(barrier_wait\(.*;)",
-        r"if (left == copies && n == 0) { \1 STAMP }\n            \g<0>",
+        r"if (issued == min(copies, STAGES)) { \1 STAMP }\n            \g<0>",
     ),
-    Point("steps", r"left -= steps;", r"STAMP TIME \g<0>"),
+    Point("steps", r"left = remaining\(\);\n", r"STAMP TIME \g<0>"),
     Point("saved", r"save\(S, place.*;", r"\g<0> STAMP"),
     # two branches, of which a launch takes one
     Point("met", r"__syncthreads\(\);\n(?= *(if \(helps\)|// Merge what the CTA's)) *", r"\g<0>MET ", 2),
-    Point("merged", r" *(__syncthreads\(\);\n *if \(helps && inside\)|if \(complete\))", r"        STAMP\n\g<0>", 2),
-    Point("finished", r" *__syncthreads\(\);\n\n *// The CTA that comes last", r"    STAMP\n\g<0>"),
+    Point("merged", r" *__syncthreads\(\);\n\n *// The CTA that comes last", r"    STAMP\n\g<0>"),
     Point("counted", r"#pragma unroll 1\n *for \(int slot = 0; slot < 2;", r"    MET\n\g<0>"),
     Point("end", r"\n\}\s*\Z", r"\n    TIME STAMP\n}\n"),
 )
@@ -100,7 +99,7 @@ _MACROS = f"""\
 }}
 #define STAMP(column) READ("clock64", column)
 #define TIME(column) READ("globaltimer", column)
-#define MET(column) if (*(volatile int*)(busy + warp) >= 0) STAMP(column)
+#define MET(column) if (*(volatile int*)&shares[warp].copies >= 0) STAMP(column)
 """
 
 

@@ -449,7 +449,7 @@ def test_batch_invariance_when_launches_are_split(device: EmulatedDevice, monkey
     cache = stored((100, 0, 600, 33, 64), heads=2)
     q = queries(cache)
     want = check(cache, q, batch_invariant=True)
-    monkeypatch.setattr(decode, "_INVARIANT_SCRATCH", 2 * 4 * 18 * 32 * decode._SPLITS * 2)  # two sequences' partials
+    monkeypatch.setattr(decode, "_INVARIANT_SCRATCH", 2 * 4 * 4 * 132 * decode._SPLITS * 2)  # two sequences' partials
     device.launches.clear()
     assert same(attend(cache, q, batch_invariant=True), want)
     assert [grid[2] for _, grid in device.launches] == [2, 2, 1]

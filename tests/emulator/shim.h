@@ -96,6 +96,8 @@ inline float __frcp_rn(float a) { return 1.f / a; }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
+inline float __fmul_rn(float a, float b) { return a * b; } // compiled without contraction
+
 inline float __fdividef(float a, float b) {
     const float size = fabsf(b);
     if (size > 0x1p126f && size <= 0x1.fffffep127f) return fabsf(a) == INFINITY ? NAN : 0.f;

@@ -20,8 +20,7 @@
 
 #include "decode_step.cuh"
 
-// The merged rows of an item lie behind a partial result, in a warp's part of shared memory.
-static_assert((PARTIAL + ROWS * D + 2 * ROWS) * 4 <= SLICE, "a warp's part of shared memory is too small");
+static_assert(PARTIAL * 4 <= STAGES * SLOT_BYTES, "a partial result overwrites the queries behind the ring");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params P) {
     extern __shared__ __align__(128) u8 shared[];
@@ -32,10 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     __shared__ int4 owner[WARPS][2];
     __shared__ int ends[WARPS]; // whether [0] is the end of its item
 #endif
-    __shared__ int4 reading[WARPS]; // the items that warps attend to
-    __shared__ int2 covering[WARPS]; // the first and last warps that have steps of these, if warps do not change
-    __shared__ int sharing[WARPS];   // how many warps these have from the first one on, the gap included; 0: there is none
-    __shared__ int busy[WARPS]; // how many steps a warp has
+    __shared__ Share shares[WARPS]; // as of the item that the warp attends to now: the loop has no registers for it
     __shared__ Copies copying[WARPS];
     __shared__ u64 addresses[WARPS][32]; // of the copies of WINDOW steps: half of them are replaced while the others are used
     __shared__ int pending[2]; // what this CTA is the last to bring to an item, and the item
@@ -84,10 +80,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         share.sharing = share.last_warp + 1 - share.first_warp;
     }
 #endif
-    int4 item = share.item;
-    int begin = share.begin;
-    u32 item_begin = share.item_begin;
-    const int copies = share.copies;
+    const int4 item = share.item;
+    const int begin = share.begin, copies = share.copies;
     const bool piecewise = FIXED || share.total == 0; // no warp goes on from one item to the next
     if (share.idle) {
         if (P.ready) wait_for_predecessors();
@@ -130,10 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     };
     static_assert(STAGES < WINDOW / 2, "a ring is filled before more addresses are looked up");
     if (lane == 0) {
-        busy[warp] = copies;
-        sharing[warp] = share.sharing;
-        reading[warp] = item;
-        covering[warp] = make_int2(share.first_warp, share.last_warp);
+        shares[warp] = share;
         copying[warp] = {item, begin + known, copies - known};
     }
     __syncwarp();
@@ -142,8 +133,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     int leader = max(share.first_warp - cta_warp, 0), ranks = min(share.last_warp - cta_warp, WARPS - 1) + 1 - leader;
     if (!piecewise) {
         __syncthreads();
-        const int4 other = reading[lane % WARPS];
-        const u32 group = __ballot_sync(~0u, lane < WARPS && busy[lane % WARPS] && other.x == item.x && other.y == item.y);
+        const Share& other = shares[lane % WARPS];
+        const bool same = other.item.x == item.x && other.item.y == item.y;
+        const u32 group = __ballot_sync(~0u, lane < WARPS && other.copies && same);
         leader = __ffs(group) - 1, ranks = __popc(group);
     }
     const int rank = warp - leader;
@@ -170,13 +162,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     const bool rotates = copies && rank < ROWS;
     // Where there is more than fills the ring, it is filled as soon as the kernels ahead have ended, those of warps that rotate
     // queries by others. (Where there is not, most CTAs wait here, and should have rotated queries meanwhile.)
-    const bool soon = P.ready && STAGES <= AHEAD && copies > STAGES;
+    const bool soon = P.ready && STAGES == 2 && copies > STAGES;
     if (soon && !rotates) {
         wait_for_predecessors();
 #pragma unroll 1
         for (; filled < STAGES; filled++) {
             fetch(ring + filled * SLOT_BYTES);
-            if (rank < 2 * ROWS && busy[warp - ROWS] > STAGES && elected())
+            if (rank < 2 * ROWS && shares[warp - ROWS].copies > STAGES && elected())
                 copy(ring - ROWS * SLICE + filled * SLOT_BYTES, upcoming - ROWS * 32 * 8 + filled * COPIES * 8);
         }
     }
@@ -189,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #endif
 
     if (P.ready) wait_for_predecessors(); // the pages, and whoever still reads what will be written
-    if (soon && rotates && rank + ROWS < ranks && busy[warp + ROWS] > STAGES) filled = issued = STAGES;
+    if (soon && rotates && rank + ROWS < ranks && shares[warp + ROWS].copies > STAGES) filled = issued = STAGES;
 #pragma unroll 1
     for (; filled < STAGES && filled < copies; filled++) fetch(ring + filled * SLOT_BYTES);
 #if !FIXED
@@ -204,15 +196,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     };
     if (!copies) release_ring();
 
+    auto remaining = [&]() { return copies + min(copies, STAGES) - (int)issued; }; // steps
+
     State S;
     u32 slot = ring, phase = 0; // of the ring's barriers: with two stages in bit 31
     const u32 turning = pin(STAGES == 2 ? 2 * ring + SLOT_BYTES : ring + STAGES * SLOT_BYTES, lane); // the sum of both, or the end
 #pragma unroll 1
-    for (int left = copies; left > 0;) {
+    for (int left = remaining(); left > 0;) {
         clear(S);
-        const int steps = min(item.w - begin, left);
-        const float headroom = steps == 1 ? 1.f : HEADROOM;
-        int at = (item.z + begin) * STEP_TOKENS;
+        int at = (shares[warp].item.z + shares[warp].begin) * STEP_TOKENS;
+        const int end = at + min(shares[warp].item.w - shares[warp].begin, left) * STEP_TOKENS;
+        const float headroom = end - at == STEP_TOKENS ? 1.f : HEADROOM;
         auto advance = [&]() { // after a step: its slot is free
             __syncwarp();
             fetch(slot);
@@ -225,23 +219,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         };
         int unchecked = 0;
 #pragma unroll 1
-        for (int n = 0; n < steps;) {
+        while (at < end) {
             // steps of which every row sees all tokens
             const int seen = MASKED || at < Q.inner_from ? 0 : (Q.inner_to - at) / STEP_TOKENS;
-            const int run = min(min(seen, steps - n), min(CHECKED - unchecked, WINDOW / 2 - (int)(issued % (WINDOW / 2))));
+            const int most = min(CHECKED - unchecked, WINDOW / 2 - (int)(issued % (WINDOW / 2)));
+            const int run = min(min(seen, (end - at) / STEP_TOKENS), most);
             const int counted = max(run, 1);
             if (run <= 0) {
                 barrier_wait(slot + STEP_END, STAGES == 2 ? phase >> 31 : phase);
-                step<true>(P, L, Q, S, slot, lane, reading[warp].x, reading[warp].y, at, issued, headroom);
+                step<true>(P, L, Q, S, slot, lane, shares[warp].item.x, shares[warp].item.y, at, issued, headroom);
                 advance();
             } else {
 #pragma unroll 1
-                for (const u32 end = issued + run; issued != end; advance()) { // which counts
+                for (const u32 last = issued + run; issued != last; advance()) { // which counts
                     barrier_wait(slot + STEP_END, STAGES == 2 ? phase >> 31 : phase);
                     step<false>(P, L, Q, S, slot, lane, 0, 0, 0, issued, headroom);
                 }
             }
-            n += counted, unchecked += counted, at += counted * STEP_TOKENS;
+            unchecked += counted, at += counted * STEP_TOKENS;
             if (issued % (WINDOW / 2) == 0) { // half of the addresses have been used, and what was looked up the last time is there
                 const u32 half = issued / (WINDOW / 2) % 2;
                 __syncwarp();
@@ -250,41 +245,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
             }
             if (unchecked == CHECKED) relieve(S), unchecked = 0;
         }
-        left -= steps;
-        item = reading[warp];
+        left = remaining();
         if (!left) release_ring();
 #if FIXED
         save(S, (float*)slice, lane);
 #else
-        const bool begins = begin == 0, finished = begin + steps == item.w;
+        const Share its = shares[warp];
+        const bool begins = its.begin == 0, finished = at == (its.item.z + its.item.w) * STEP_TOKENS;
         float* const kept = P.scratch + ((i64)gridDim.x * SLOTS + ((i64)cta_slot * WARPS + warp) * PLACES) * PARTIAL;
-        // the ring is still in use if there is more to come: one place for what is kept, others for what is finished at once
+        // the ring is still in use if there is more to come: one place for what is kept, another for what is finished at once
         float* const place = left ? kept + (begins && finished) * PARTIAL : (float*)slice;
         save(S, place, lane);
-        if (piecewise) break;
+        if (its.total == 0) break;
         __syncwarp();
         if (begins && finished) {
-            float* const rows = left ? kept + 2 * PARTIAL : (float*)slice + PARTIAL;
 #pragma unroll 1
-            for (int quad = 0; quad < 4 * NB; quad++) merge({place, nullptr, nullptr, 0, 1}, 0, 1, rows, true, quad, lane);
-            __syncwarp();
-#pragma unroll 1
-            for (int r = 0; r < ROWS; r++) finish(P, rows, item.x, item.y, r, lane);
+            for (int r = 0; r < ROWS; r++) finish(P, load_row(place, r, lane), its.item.x, its.item.y, r, lane);
         } else {
             if (lane == 0) {
                 partial[warp][begins] = place;
+                const u32 last = its.item_begin + its.item.w - 1;
                 owner[warp][begins] =
-                    make_int4(item.x, item.y, warp_at(share.total, item_begin), warp_at(share.total, item_begin + item.w - 1));
+                    make_int4(its.item.x, its.item.y, warp_at(its.total, its.item_begin), warp_at(its.total, last));
                 if (!begins) ends[warp] = finished;
             }
         }
         if (left) {
-            item_begin += item.w;
-            item = next_item(P, item);
-            begin = 0;
-            if (lane == 0) reading[warp] = item;
-            look_out(P, Q, item.y, item.x, lane);
-            load_rows(P, raw, item.y, item.x, 0, 1, lane);
+            const int4 next = next_item(P, its.item);
+            if (lane == 0) shares[warp].item = next, shares[warp].begin = 0, shares[warp].item_begin = its.item_begin + its.item.w;
+            look_out(P, Q, next.y, next.x, lane);
+            load_rows(P, raw, next.y, next.x, 0, 1, lane);
             u8* const query = slice + STAGES * SLOT_BYTES;
             rotate_rows(P, raw, query, 0, 1, lane);
             __syncwarp();
@@ -294,28 +284,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
 #endif
     }
 
-    if (piecewise) {
+    const Share& its = shares[warp];
+    if (FIXED || its.total == 0) {
         // No warp has more than one item. The CTA's warps of an item, from `low` to `high`, merge their partial results. If it has
         // none in other CTAs, the warps of the gap behind it help; they know the item too.
-        const int first_warp = covering[warp].x, last_warp = covering[warp].y;
+        const int first_warp = its.first_warp, last_warp = its.last_warp;
         const int low = max(first_warp - cta_warp, 0), high = min(last_warp - cta_warp, WARPS - 1), members = high - low + 1;
         const bool inside = first_warp >= cta_warp && last_warp < cta_warp + WARPS, begun = first_warp < cta_warp;
-        const int helpers = inside ? min(sharing[warp], WARPS - low) : members;
-        const bool helps = sharing[warp] && warp - low < helpers;
-        float* const target = inside ? (float*)(shared + low * SLICE) + PARTIAL
-                                     : P.scratch + ((i64)cta_slot * SLOTS + (FIXED || begun ? 0 : 1)) * PARTIAL;
+        const int helpers = inside ? min(its.sharing, WARPS - low) : members;
+        const bool helps = its.sharing && warp - low < helpers;
+        float* const target = P.scratch + ((i64)cta_slot * SLOTS + (FIXED || begun ? 0 : 1)) * PARTIAL;
         __syncthreads();
         if (helps) {
 #pragma unroll 1
-            for (int quad = warp - low; quad < 4 * NB; quad += helpers)
-                merge_own(smem_address(shared + low * SLICE), members, target, inside, quad, lane);
-        }
-        __syncthreads();
-        if (helps && inside) {
-#pragma unroll 1
-            for (int r = warp - low; r < ROWS; r += helpers) finish(P, target, item.x, item.y, r, lane);
-        } else if (helps && warp == low && lane == 0) {
-            pending[!begun] = 1, whole[!begun] = make_int4(item.x, item.y, first_warp, last_warp);
+            for (int r = warp - low; r < ROWS; r += helpers) {
+                const Row x = merge_own(smem_address(shared + low * SLICE), members, r, lane);
+                if (inside) finish(P, x, its.item.x, its.item.y, r, lane);
+                else save_row(x, target, r, lane);
+            }
+            if (!inside && warp == low && lane == 0)
+                pending[!begun] = 1, whole[!begun] = make_int4(its.item.x, its.item.y, first_warp, last_warp);
         }
     }
 #if !FIXED
@@ -326,32 +314,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         const bool own = lane < WARPS;
         const u32 closing = __ballot_sync(~0u, own && ends[lane % WARPS]);
         const u32 opening = __ballot_sync(~0u, own && partial[lane % WARPS][1]);
-        u32 complete = 0; // chains, by leader
-        int turn = 0;     // whose it is to merge
+        int turn = 0; // whose it is to merge
 #pragma unroll 1
         for (u32 todo = opening << 1 | (partial[0][0] ? 1 : 0); todo; todo &= todo - 1) {
             const int slot = todo & 1 ? 0 : 1, lead = slot ? __ffs(todo) - 2 : 0;
             const u32 close = slot ? closing >> lead >> 1 << lead << 1 : closing;
             const int last = close ? __ffs(close) - 1 : WARPS - 1;
             const bool all = slot && close;
-            float* target = all ? (float*)(shared + lead * SLICE) + PARTIAL : P.scratch + ((i64)cta_slot * SLOTS + slot) * PARTIAL;
-            const int quad = (warp - turn + WARPS) % WARPS;
-            if (quad < 4 * NB) {
+            const int r = (warp - turn + WARPS) % WARPS;
+            if (r < ROWS) {
                 const Chain chain = {partial[lead][slot], last > lead ? partial[last][0] : nullptr,
                                      (float*)(shared + lead * SLICE), SLICE / 4, last - lead + 1};
-                merge(chain, 0, 1, target, all, quad, lane);
+                const Row x = merge(chain, 0, 1, r, lane);
+                if (all) finish(P, x, owner[lead][1].x, owner[lead][1].y, r, lane);
+                else save_row(x, P.scratch + ((i64)cta_slot * SLOTS + slot) * PARTIAL, r, lane);
             }
-            turn = (turn + 4 * NB) % WARPS;
-            if (all) complete |= 1u << lead;
-            else if (threadIdx.x == 0) pending[slot] = 1, whole[slot] = owner[lead][slot];
-        }
-        if (complete) { // the same for all threads
-            __syncthreads();
-            if (complete >> warp & 1) {
-                const int4 its = owner[warp][1];
-#pragma unroll 1
-                for (int r = 0; r < ROWS; r++) finish(P, (float*)slice + PARTIAL, its.x, its.y, r, lane);
-            }
+            turn = (turn + ROWS) % WARPS;
+            if (!all && threadIdx.x == 0) pending[slot] = 1, whole[slot] = owner[lead][slot];
         }
     }
 #endif
@@ -371,18 +350,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     for (int slot = 0; slot < 2; slot++) {
         if (!pending[slot]) continue;
         const int4 its = whole[slot];
-        const int quad = warp % (4 * NB), part = warp / (4 * NB), parts = WARPS / (4 * NB);
         // what CTAs left: of the one that begins the item it is [1], of the others [0]
         const int from = its.z / WARPS, count = its.w / WARPS - from + 1;
         const float* const begins = P.scratch + (i64)from * SLOTS * PARTIAL;
         const Chain all = {begins + (SLOTS - 1) * PARTIAL, begins + (i64)(count - 1) * SLOTS * PARTIAL, begins, SLOTS * PARTIAL, count};
-        const int used = min(parts, count);
-        if (count > 4 && part < used) merge(all, part, parts, (float*)(shared + part * SLICE), false, quad, lane);
-        __syncthreads();
-        const Chain rest = {(float*)shared, (float*)(shared + (used - 1) * SLICE), (float*)shared, SLICE / 4, used};
-        if (part == 0) merge(count > 4 ? rest : all, 0, 1, (float*)shared + PARTIAL, true, quad, lane);
-        __syncthreads();
-        if (warp < ROWS) finish(P, (float*)shared + PARTIAL, its.x, its.y, warp, lane);
+        // a warp for each row, or several, which share the results if they are many
+        const int r = warp % ROWS, part = warp / ROWS, parts = count > 4 ? WARPS / ROWS : 1;
+        Row x = {};
+        if (part < parts) x = merge(all, part, parts, r, lane);
+        if (parts > 1) {
+            save_row(x, (float*)(shared + part * SLICE), r, lane);
+            __syncthreads();
+            if (part == 0) x = merge_own(smem_address(shared), parts, r, lane);
+        }
+        if (part == 0) finish(P, x, its.x, its.y, r, lane);
         __syncthreads();
     }
 }

@@ -24,7 +24,7 @@ from kvfold.ops.options import AttentionOptions, DecodeSchedule
 _LOG2_E = 1.4426950408889634
 _STAGES = {1: 2, 2: 3}  # at least, of a warp's ring
 _RING_BYTES = 128 * 1024  # of a CTA; with more in flight the SMs share the memory's bandwidth less evenly
-_PLACES = 3  # for partial results of a warp in scratch
+_PLACES = 2  # for partial results of a warp in scratch
 _SPLITS = 16  # of a sequence in batch-invariant mode
 _INVARIANT_SCRATCH = 32 * 2**20
 _WORDS = ("T0", "T1", "U0", "U1", "TR0", "TR1", "UR0", "UR1")  # macros of the codebooks' tables
@@ -109,7 +109,7 @@ def _kernel(
     pages = 2 if layout.page_size == 16 else 1  # of a step
     reference_bytes = layout.page_bytes - layout.reference
     slot_bytes = 2 * layout.tile_bytes + pages * reference_bytes + 16  # a step and its barrier
-    partial_bytes = 4 * 18 * 32 * blocks  # a partial result
+    partial_bytes = 4 * schedule.ROWS * blocks * (HEAD_SIZE + 4)  # a partial result
     stages = max(_STAGES[blocks], _RING_BYTES // warps // slot_bytes)
     slice_bytes = -(-(stages * slot_bytes + query_bytes) // 128) * 128
     kernel = runtime.kernel(

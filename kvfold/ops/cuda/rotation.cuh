@@ -10,7 +10,8 @@ __device__ __forceinline__ u32 signs(int quarter) {
     return quarter == 0 ? SIGN0 : quarter == 1 ? SIGN1 : quarter == 2 ? SIGN2 : SIGN3;
 }
 
-// Products with the Hadamard matrix, not normalised; a lane holds four neighbouring coordinates.
+// Products with the Hadamard matrix, not normalised; a lane holds four neighbouring coordinates, or others whose bits are those of
+// lane and component in another order.
 __device__ __forceinline__ float4 hadamard(float4 v, int lane) {
     const float u0 = v.x + v.y, u1 = v.x - v.y, u2 = v.z + v.w, u3 = v.z - v.w;
     v = make_float4(u0 + u2, u1 + u3, u0 - u2, u1 - u3);
