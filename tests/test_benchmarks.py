@@ -279,3 +279,18 @@ def test_timeline_of_stamps() -> None:
     lines = timeline.table({"case": "8x10", "format": "k4v4", "calls": 2, "us": 9.0, "us_stamped": 9.5} | result)
     assert "8x10 k4v4, replays of 2 calls: 9.00 us a call, 9.50 stamped; 4 warps have steps; 1500 MHz" in lines
     assert [line.split()[-2:] for line in lines.splitlines() if "merged" in line] == [["-", "-"]]
+
+
+def test_a_model_with_random_heads_is_the_same_each_time(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    (tokenizer / "model.safetensors").write_text("not of that model")
+    write = script("random_heads").write
+    for name in ("one", "two"):
+        write(tmp_path / name, tokenizer, layers=1)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+    assert len(one) > 2 * 49152 * 512
+    assert (tmp_path / "one" / "tokenizer.json").read_text() == "{}"

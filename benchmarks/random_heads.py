@@ -1,0 +1,49 @@
+"""A model with heads of 128 and random weights, for `vllm_answers.py --model`: SmolLM2's heads of 64 run on Triton.
+
+    python benchmarks/random_heads.py heads128
+
+It has SmolLM2's tokenizer, six layers, eight query heads on two KV heads, and weights large enough (a standard
+deviation of .06) that its distributions depend on what attention returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template")
+"""What files of SmolLM2 begin with that are copied."""
+
+
+def write(folder: Path, tokenizer: Path, layers: int = 6) -> None:
+    """Weights in bfloat16, the same in every call, with a configuration and the files of a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=128, max_position_embeddings=8192, rope_theta=100000.0,
+        initializer_range=0.06, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        if file.name.startswith(TOKENIZER):
+            shutil.copy(file, folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="is made")
+    folder = parser.parse_args().folder
+    if folder.exists():
+        parser.error(f"{folder} is there already; name another one, or remove it")
+    from kvfold.models import smollm2_folder
+
+    write(folder, smollm2_folder())
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()
