@@ -12,24 +12,24 @@ import argparse
 import shutil
 from pathlib import Path
 
-TOKENIZER = ("tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template")
+COPIED = ("tokenizer", "special_tokens", "vocab", "merges", "generation_config", "chat_template")
 """What files of SmolLM2 begin with that are copied."""
 
 
-def write(folder: Path, tokenizer: Path, layers: int = 6) -> None:
-    """Weights in bfloat16, the same in every call, with a configuration and the files of a tokenizer."""
+def write(folder: Path, smollm2: Path, layers: int = 6, vocabulary: int = 49152) -> None:
+    """Weights in bfloat16, the same in every call, a configuration, and what SmolLM2's folder has besides its own."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=49152, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=8,
+        vocab_size=vocabulary, hidden_size=512, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=8,
         num_key_value_heads=2, head_dim=128, max_position_embeddings=8192, rope_theta=100000.0,
         initializer_range=0.06, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for file in tokenizer.iterdir():
-        if file.name.startswith(TOKENIZER):
+    for file in smollm2.iterdir():
+        if file.name.startswith(COPIED):
             shutil.copy(file, folder)
 
 
@@ -41,7 +41,7 @@ def main() -> None:
         parser.error(f"{folder} is there already; name another one, or remove it")
     from kvfold.models import smollm2_folder
 
-    write(folder, smollm2_folder())
+    write(folder, smollm2_folder(print))
     print(folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -289,8 +290,9 @@ def test_a_model_with_random_heads_is_the_same_each_time(tmp_path: Path) -> None
     (tokenizer / "model.safetensors").write_text("not of that model")
     write = script("random_heads").write
     for name in ("one", "two"):
-        write(tmp_path / name, tokenizer, layers=1)
+        write(tmp_path / name, tokenizer, layers=1, vocabulary=512)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
-    assert len(one) > 2 * 49152 * 512
+    assert len(one) > 2 * 512 * 512
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["head_dim"] == 128
     assert (tmp_path / "one" / "tokenizer.json").read_text() == "{}"

@@ -310,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
     else {
         __syncthreads();
         // Merge what the CTA's warps have of the same item: a chain of neighbouring warps, led by the one that begins the item,
-        // or by the first if an earlier CTA does. Each warp merges some of the values.
+        // or by the first if an earlier CTA does. A warp merges a row.
         const bool own = lane < WARPS;
         const u32 closing = __ballot_sync(~0u, own && ends[lane % WARPS]);
         const u32 opening = __ballot_sync(~0u, own && partial[lane % WARPS][1]);
