@@ -147,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         addresses[warp][lane] = from;
         // While the kernels ahead end, the memory has little to do: it brings the first pages to L2, where they may still be
         // written. Earlier, they would keep queries waiting.
-        if (P.ready && lane / COPIES < min(copies, AHEAD) && from) prefetch_bulk(tiles_at(from), AHEAD_BYTES);
+        if (P.ready && lane / COPIES < min(copies, AHEAD) && from) prefetch_bulk(tiles_at(from), STEP_END / COPIES);
         if (copies > WINDOW) look_up(P, copying[warp], source, 0, WINDOW / 2, lane);
     }
     // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.

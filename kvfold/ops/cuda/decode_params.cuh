@@ -31,7 +31,6 @@
 #define SLOTS (FIXED ? 1 : 2) // partial results of a CTA
 #define PLACES 2 // of a warp in scratch
 #define AHEAD 1 // steps of a warp that are brought to L2 while the kernels ahead end; more keep these from ending
-#define AHEAD_BYTES (STEP_END / COPIES * 3 / 64 * 16) // of each copy of these: three quarters are enough
 #define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
 #define CHECKED 256 // steps after which integer sums may be too large
 #define NOTHING -1e30f
