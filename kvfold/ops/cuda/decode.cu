@@ -3,7 +3,8 @@
 // Defines: KBITS, VBITS (2, 3, 4), KTRELLIS, VTRELLIS (whether codes are a trellis'), MEAN (pages have key references), PAGE
 // (16, 32, 64 tokens), NB (blocks of four query rows a warp serves), WARPS, STAGES, QTYPE (0 bf16, 1 f16, 2 f32), SOFTCAP,
 // MASKED, FIXED (0: balanced splits over all sequences, 1: splits that depend on the sequence alone), SLICE (bytes of shared
-// memory of a warp), KT0.. VUR1 (codebooks as byte tables), SIGN0..SIGN3 (signs of the rotation, bit 1 = negative).
+// memory of a warp), ROW_FLOATS (of a row of a partial result), SLOTS and PLACES (in scratch, for partial results of a CTA and
+// of a warp), KT0.. VUR1 (codebooks as byte tables), SIGN0..SIGN3 (signs of the rotation, bit 1 = negative).
 //
 // Terms: an *item* is a sequence, a KV head and a block of 4 NB query rows (row = query token * group + head in group). A
 // *step* is 32 tokens, two tiles. Each warp gets a piece of an item, or, where lengths differ, an equal stretch of the line of
@@ -20,6 +21,7 @@
 
 #include "decode_step.cuh"
 
+static_assert(ROW_FLOATS >= D + 2 && ROW_FLOATS % 4 == 0, "a row has outputs, reference and sum, and lies at 16 bytes");
 static_assert(PARTIAL * 4 <= STAGES * SLOT_BYTES, "a partial result overwrites the queries behind the ring");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_constant__ Params P) {
@@ -147,7 +149,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) decode(const __grid_con
         addresses[warp][lane] = from;
         // While the kernels ahead end, the memory has little to do: it brings the first pages to L2, where they may still be
         // written. Earlier, they would keep queries waiting.
-        if (P.ready && lane / COPIES < min(copies, AHEAD) && from) prefetch_bulk(tiles_at(from), STEP_END / COPIES);
+        if (P.ready && lane / COPIES < min(copies, AHEAD) && from) prefetch_bulk(tiles_at(from), AHEAD_BYTES);
         if (copies > WINDOW) look_up(P, copying[warp], source, 0, WINDOW / 2, lane);
     }
     // Whatever is read later waits until the ring is full. So nobody begins to fill it before all have what they read.

@@ -24,7 +24,9 @@ from kvfold.ops.options import AttentionOptions, DecodeSchedule
 _LOG2_E = 1.4426950408889634
 _STAGES = {1: 2, 2: 3}  # at least, of a warp's ring
 _RING_BYTES = 128 * 1024  # of a CTA; with more in flight the SMs share the memory's bandwidth less evenly
-_PLACES = 2  # for partial results of a warp in scratch
+_ROW_FLOATS = HEAD_SIZE + 4  # of a partial result: outputs, reference, sum, and two more, for 16 bytes and other banks
+_SLOTS = {False: 2, True: 1}  # in scratch, for partial results of a CTA, by whether calls are batch-invariant
+_PLACES = 2  # of a warp
 _SPLITS = 16  # of a sequence in batch-invariant mode
 _INVARIANT_SCRATCH = 32 * 2**20
 _WORDS = ("T0", "T1", "U0", "U1", "TR0", "TR1", "UR0", "UR1")  # macros of the codebooks' tables
@@ -109,15 +111,15 @@ def _kernel(
     pages = 2 if layout.page_size == 16 else 1  # of a step
     reference_bytes = layout.page_bytes - layout.reference
     slot_bytes = 2 * layout.tile_bytes + pages * reference_bytes + 16  # a step and its barrier
-    partial_bytes = 4 * schedule.ROWS * blocks * (HEAD_SIZE + 4)  # a partial result
     stages = max(_STAGES[blocks], _RING_BYTES // warps // slot_bytes)
     slice_bytes = -(-(stages * slot_bytes + query_bytes) // 128) * 128
     kernel = runtime.kernel(
         "decode.cu", "decode", torch.device("cuda", index), **constants(layout.format.k, layout.format.v),
         PAGE=layout.page_size, NB=blocks, WARPS=warps, STAGES=stages, SLICE=slice_bytes, QTYPE=DTYPES[dtype],
         SOFTCAP=softcap, MASKED=masked, FIXED=fixed, MEAN=layout.format.mean,
+        ROW_FLOATS=_ROW_FLOATS, SLOTS=_SLOTS[fixed], PLACES=_PLACES,
     )  # fmt: skip
-    return kernel, 32 * warps, slice_bytes * warps, partial_bytes // 4
+    return kernel, 32 * warps, slice_bytes * warps, schedule.ROWS * blocks * _ROW_FLOATS
 
 
 # --- scratch ----------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def decode_attention(
         params.softcap_inv = 1 / params.softcap_log2
     stream = torch.cuda.current_stream(q.device).cuda_stream
     if not options.batch_invariant:
-        floats = sms * (2 + _PLACES * threads // 32) * partial
+        floats = sms * (_SLOTS[False] + _PLACES * threads // 32) * partial
         own = schedule.words(index, blocks)  # behind the partial results, for calls that are given no schedule
         params.scratch, params.counters = scratch.of_stream(stream, floats + own)
         if made is not None:
@@ -233,8 +235,9 @@ def decode_attention(
             f"rows of a KV head, and {num_queries} query tokens of {num_heads // heads} heads are more; use "
             "prefill_attention"
         )
-    at_once = max(1, min(_INVARIANT_SCRATCH // (4 * partial * _SPLITS * items), _MAX_COUNTERS // items, 65535))
-    params.scratch, params.counters = scratch.of_stream(stream, min(at_once, batch) * items * _SPLITS * partial)
+    floats = items * _SPLITS * _SLOTS[True] * partial  # of a sequence
+    at_once = max(1, min(_INVARIANT_SCRATCH // (4 * floats), _MAX_COUNTERS // items, 65535))
+    params.scratch, params.counters = scratch.of_stream(stream, min(at_once, batch) * floats)
     for begin in range(0, batch, at_once):
         params.begin = begin
         kernel.launch((_SPLITS, items, min(at_once, batch - begin)), threads, shared_bytes, params, early=True)

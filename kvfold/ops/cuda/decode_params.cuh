@@ -26,11 +26,9 @@
 #define SCALES (TILE_TOKENS * D / 8 * (KBITS + VBITS))
 #define THREADS (32 * WARPS)
 #define ROWS (4 * NB)
-#define ROW_FLOATS (D + 4) // of a partial result: outputs, reference, sum, and two more, for 16 bytes and other banks
 #define PARTIAL (ROWS * ROW_FLOATS) // floats of a partial result
-#define SLOTS (FIXED ? 1 : 2) // partial results of a CTA
-#define PLACES 2 // of a warp in scratch
 #define AHEAD 1 // steps of a warp that are brought to L2 while the kernels ahead end; more keep these from ending
+#define AHEAD_BYTES ((MEAN || STEP_END < 3200 ? STEP_END : 3200) / COPIES) // of a copy that is: with 4 bits not all
 #define HEADROOM 4.f // of the weights' reference over the first weights, if more follow
 #define CHECKED 256 // steps after which integer sums may be too large
 #define NOTHING -1e30f
@@ -57,7 +55,7 @@ struct Params { // what is needed first comes first: constants arrive by lines
     u32 minus_one, low_nibbles; // -1 and 0x0f0f0f0f, kept from the compiler, which would use them worse
     float scale_log2; // score scale * log2(e)
     i64 q_stride_b, q_stride_t, q_stride_h;
-    float* scratch; // partial results of CTAs [grid, 2], then of warps [grid, WARPS, 2]; FIXED: of CTAs alone [grid]
+    float* scratch; // partial results of CTAs [grid, SLOTS], then of warps [grid, WARPS, PLACES]; FIXED: of CTAs alone
     u32* counters;  // [CTAs]: all zero before and after
     void* out;
     float* lse;
