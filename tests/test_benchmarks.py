@@ -116,6 +116,10 @@ def test_caches_are_compared_with_the_first() -> None:
         ("decode_timeline", ["--format", "k8v8"], "k8v8: the CUDA kernels are built for"),
         ("decode_timeline", ["--replays", "0"], "'0' is no number above 0"),
         ("decode_timeline", ["--json", "nowhere/x.json"], "there is no folder"),
+        ("prefill_limits", ["--shapes", "8x32768"], "8x32768: no shape of a prefill; there is prefill-2048+30720"),
+        ("prefill_limits", ["--format", "k9v9"], "unknown format 'k9v9'"),
+        ("prefill_limits", ["--format", "k8v8"], "k8v8: the CUDA kernels are built for"),
+        ("prefill_limits", ["--json", "nowhere/x.json"], "there is no folder"),
         ("vllm_engine", [], "vLLM is not installed: pip install"),
         ("vllm_answers", ["--text", "nothing.txt"], "vLLM is not installed: pip install"),
         ("vllm_fidelity", ["--text", "a", "--haystack", "b"], "vLLM is not installed: pip install"),
@@ -209,6 +213,18 @@ def test_parts_of_the_decode_kernel_can_be_left_out() -> None:
     assert "barrier_wait(" not in texts["frame"]
     with pytest.raises(ValueError, match=r"decode\.cu has .* 0 times and not 2"):
         limits.changed("", limits.VARIANTS["reading"])
+
+
+def test_what_a_prefill_leaves_for_the_rest_follows_from_its_parts() -> None:
+    limits = script("prefill_limits")
+    times = {"fa3_bf16": 1425.0, "attention": 1450.0, "windows": 50.0, "together": 1490.0, "around": 30.0}
+    times |= dict.fromkeys(("v in 8 bits", "in 8 bits", "bfloat16", "kernel"), 1.0)
+    row = limits.row_of("a", "k4v4", times, packed_bytes=10**9, window_bytes=3 * 10**9, copy=4e12)
+    assert row["wanted"] == pytest.approx(1500)
+    assert row["hidden"] == pytest.approx(10)
+    assert row["bytes at copy"] == pytest.approx(1000)
+    assert row["left"] == pytest.approx(1500 - 1450 - 1000)
+    assert limits.line(row).split()[:3] == ["a", "k4v4", "1,000.0"]
 
 
 def test_timeline_stamps_every_point_in_the_order_of_the_source() -> None:

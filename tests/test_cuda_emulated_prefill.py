@@ -5,11 +5,13 @@ In place of the libraries' attention are functions of this file.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import emulator
@@ -169,6 +171,47 @@ def test_a_chunk_is_cut_as_its_prefix(budget: int, device: EmulatedDevice, monke
     assert error.max() < 2 * TOLERANCE[BF16]
     assert (lse - want.truth[1]).abs().max() < 5e-3
     assert not any(name == "decode" for name, _ in device.launches)
+
+
+def test_parts_of_a_prefill_can_be_called_again(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``benchmarks/prefill_limits.py``: windows that were expanded again for other heads are there as they were."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    limits = importlib.import_module("prefill_limits")
+    results: list[torch.Tensor] = []
+
+    def attend(**named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = flash_attn_varlen_func(**named)
+        results.append(out.clone())
+        return out, lse
+
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(attend))
+    monkeypatch.setattr(prefill, "WINDOW_BYTES", 300 * 512)  # the keys of one head
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (150,), heads=3)
+    q, k, v = (noise(101, count, 128, seed=seed).to(BF16) for seed, count in enumerate((6, 3, 3)))
+    original = dense.flash_attention_3
+    with dense.engine("fa3"), limits.watched() as seen:
+        ops.prefill_attention(
+            q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 101]), layout, scale=0.1, k=k, v=v
+        )
+    assert dense.flash_attention_3 is original
+    assert len(results) == 3
+    for result, call in zip(list(results), limits.attention_of(seen), strict=True):
+        assert torch.equal(call()[0], result)
+    assert seen.window_bytes == 3 * 150 * 512
+    device.launches.clear()
+    for call in seen.windows + seen.around:
+        call()
+    launches = [name for name, _ in device.launches]
+    assert {name: launches.count(name) for name in launches} == {"expand": 3, "rotate": 3, "merge": 3, "peaks": 1}
+    for coarse, args in zip(limits.attention_of(seen, lambda _, x: limits.rounded(x, 8)), seen.attention, strict=True):
+        for x, y in zip(coarse.args[:3], args[:3], strict=True):
+            assert x.stride() == y.stride()
+            assert torch.allclose(x.float(), y.float(), rtol=2**-8)
+            mantissa, _ = torch.frexp(x.float())
+            assert torch.equal(mantissa * 256, (mantissa * 256).round())
+            assert not torch.equal(x, y)
 
 
 @pytest.mark.parametrize(("k_size", "v_size"), [(1e12, 2e37), (1e-30, 1e-38), (3e4, 1e20), (1.0, 1e-20)])

@@ -1,0 +1,253 @@
+"""What limits the CUDA prefill: its parts, each timed by itself, beside the whole and FlashAttention-3 on one GPU.
+
+    python benchmarks/prefill_limits.py --format k4v4 --json limits.json
+
+One call of `prefill_attention` is made and watched: what it gives FlashAttention-3, and what this package's own kernels
+are asked for, is kept, windows and all, and called again part by part.
+
+* `kernel`: the whole call, as `kvfold bench` times it.
+* `attention`: its calls of FlashAttention-3 alone, in float16 on the windows that were expanded. `v in 8 bits` and
+  `in 8 bits`: the same calls with V, or K and V, rounded to so many significant bits: fewer bits that change draw less
+  power, and the clock stays higher. `bfloat16`: the same calls in bfloat16, which has kernels of its own.
+* `windows`: expanding the windows. `around`: rotating, joining and finding peaks.
+* `together`: `attention` and, on another stream at the same time, `windows`.
+
+`wanted` is FlashAttention-3's time in bfloat16, on a bfloat16 prefix, over .95. `attention` and the windows' bytes at
+the rate of a copy are what remains of a call whatever the other parts take. Needs a GPU of compute capability 9.0 and
+FlashAttention-3 (vLLM's, or its own package).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_limits import positive, writer
+
+from kvfold.bench.cases import HEAD_SIZE, PrefillCase, select
+from kvfold.errors import FormatError, NotBuiltError
+from kvfold.formats import KVFormat
+
+FACTOR = 0.95
+"""How many times as fast as FlashAttention-3 in bfloat16 a prefill should be."""
+PAGE_SIZE = 64
+COLUMNS = (
+    "bytes at copy", "windows", "around", "attention", "v in 8 bits", "in 8 bits", "bfloat16", "together", "kernel",
+    "wanted", "fa3_bf16",
+)  # fmt: skip
+"""Of the table, microseconds."""
+
+Call = Callable[[], object]
+
+
+class Watched:
+    """What one call of ``prefill_attention`` did.
+
+    Attributes:
+        attention: Arguments of each call of FlashAttention-3; tensors are copies, so that a window which is expanded
+            again for other heads stays what it was.
+        windows: Calls that expand windows.
+        around: All other launches of this package.
+        window_bytes: Bytes that ``windows`` write.
+    """
+
+    def __init__(self) -> None:
+        self.attention: list[tuple[Any, ...]] = []
+        self.windows: list[Call] = []
+        self.around: list[Call] = []
+        self.window_bytes = 0
+
+
+@contextmanager
+def watched() -> Iterator[Watched]:
+    """Watch what is called meanwhile."""
+    from kvfold.ops.cuda import dense, expand, prefill
+
+    seen, kept = Watched(), {}
+
+    def watch(module: Any, name: str, note: Callable[..., None]) -> None:
+        function = kept[module, name] = getattr(module, name)
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            note(partial(function, *args, **kwargs), *args)
+            return result
+
+        setattr(module, name, called)
+
+    def attention(_: Call, *args: Any) -> None:
+        seen.attention.append(tuple(copied(x) if isinstance(x, torch.Tensor) else x for x in args))
+
+    def window(call: Call, _plan: object, _pages: object, _table: object, k: torch.Tensor, *_: object) -> None:
+        seen.windows.append(call)
+        seen.window_bytes += 2 * k.numel() * k.element_size()
+
+    def other(call: Call, *_: object) -> None:
+        seen.around.append(call)
+
+    watch(dense, "flash_attention_3", attention)
+    watch(expand, "expand_heads", window)
+    for module, name in ((prefill, "rotate"), (prefill, "merge"), (expand, "find_peaks")):
+        watch(module, name, other)
+    try:
+        yield seen
+    finally:
+        for (module, name), function in kept.items():
+            setattr(module, name, function)
+
+
+def copied(x: torch.Tensor) -> torch.Tensor:
+    """A copy with x's strides in memory of its own."""
+    size = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    memory = x.new_empty(size)
+    return memory.as_strided(x.shape, x.stride()).copy_(x)
+
+
+def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x with so many significant bits, its strides kept."""
+    mantissa, exponent = torch.frexp(x.float())
+    return copied(x).copy_(torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent))
+
+
+def attention_of(seen: Watched, change: Callable[[int, torch.Tensor], torch.Tensor] = lambda _, x: x) -> list[Call]:
+    """The calls of FlashAttention-3, with their tensors (0: q, 1: k, 2: v) changed."""
+    from kvfold.ops.cuda import dense
+
+    calls = []
+    for args in seen.attention:
+        changed = [change(at, x) if isinstance(x, torch.Tensor) else x for at, x in enumerate(args)]
+        calls.append(partial(dense.flash_attention_3, *changed))
+    return calls
+
+
+def in_bfloat16(_: int, x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=torch.bfloat16, device=x.device).copy_(x)
+
+
+def at_once(first: Sequence[Call], second: Sequence[Call], other: torch.cuda.Stream) -> Call:
+    """Both lists at the same time, the second on another stream, between what is ahead and what follows."""
+
+    def call() -> None:
+        own = torch.cuda.current_stream()
+        other.wait_stream(own)
+        with torch.cuda.stream(other):
+            for one in second:
+                one()
+        for one in first:
+            one()
+        own.wait_stream(other)
+
+    return call
+
+
+def row_of(
+    case: str, fmt: str, times: dict[str, float], packed_bytes: int, window_bytes: int, copy: float
+) -> dict[str, object]:
+    """A row of the results: times in microseconds, and what follows from them."""
+    at_copy = (packed_bytes + window_bytes) / copy * 1e6
+    wanted = times["fa3_bf16"] / FACTOR
+    return {
+        "case": case, "format": fmt, "packed_bytes": packed_bytes, "window_bytes": window_bytes,
+        "bytes at copy": at_copy, **times, "factor": FACTOR, "wanted": wanted,
+        "hidden": times["attention"] + times["windows"] - times["together"],
+        "left": wanted - times["attention"] - at_copy,
+    }  # fmt: skip
+
+
+def measure(
+    cases: Sequence[PrefillCase], formats: Sequence[KVFormat], replays: int, write: Callable[[dict[str, object]], None]
+) -> None:
+    """Times in microseconds, each the mean of two rounds' medians, as kvfold bench takes them."""
+    from kvfold.bench import ours, rivals
+    from kvfold.bench.kernel import Setting
+    from kvfold.bench.timing import Launches, Timer, copy_bandwidth
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    setting = Setting.of(device, PAGE_SIZE)
+    timer, other, copy = Timer(device, setting.l2_bytes), torch.cuda.Stream(device), copy_bandwidth(device)
+    rows: list[dict[str, object]] = []
+    for case in cases:
+        torch.manual_seed(0)
+        baseline = min(
+            (list(kernel.calls) for kernel in rivals.flash_attention_3_bf16(case, setting)),
+            key=lambda calls: timer.time(timer.capture(calls, graph=False), 5),
+        )
+        for fmt in formats:
+            (kernel,) = ours.contender(fmt, "cuda").prepare(case, setting)
+            kernel.calls[0]()  # compiles
+            with watched() as seen:
+                kernel.calls[0]()
+            if not seen.attention:
+                raise FormatError(f"{case.name} is not prefilled by FlashAttention-3, whose limits these are")
+            attention = attention_of(seen)
+            parts: dict[str, list[Call]] = {
+                "windows": seen.windows,
+                "around": seen.around,
+                "attention": attention,
+                "v in 8 bits": attention_of(seen, lambda at, x: rounded(x, 8) if at == 2 else x),
+                "in 8 bits": attention_of(seen, lambda at, x: rounded(x, 8) if at in (1, 2) else x),
+                "bfloat16": attention_of(seen, in_bfloat16),
+                "together": [at_once(attention, seen.windows, other)],
+                "kernel": list(kernel.calls),
+                "fa3_bf16": baseline,
+            }
+            graphs = {name: timer.capture(calls, graph=False) for name, calls in parts.items()}
+            assert all(isinstance(graph, Launches) for graph in graphs.values())
+            rounds = [{name: timer.time(graph, replays) for name, graph in graphs.items()} for _ in "12"]
+            times = {name: (rounds[0][name] + rounds[1][name]) / 2 for name in parts}
+            rows.append(row_of(case.name, str(fmt), times, case.cache_bytes(fmt), seen.window_bytes, copy))
+            print(line(rows[-1]), flush=True)
+            write({"copy_bytes_per_second": copy, "l2_bytes": setting.l2_bytes, "rows": rows})
+            del parts, graphs, kernel, seen, attention
+            torch.cuda.empty_cache()
+
+
+def line(row: dict[str, object]) -> str:
+    """One line of the table."""
+    return f"{row['case']:>19} {row['format']:<8}" + "".join(f"{row[name]:14,.1f}" for name in COLUMNS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["prefill-2048+30720"], help="prefill shapes of kvfold bench")
+    parser.add_argument("--format", nargs="+", default=["k4v4"], help="formats")
+    parser.add_argument("--replays", type=positive, default=30, help="of each measurement (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    try:
+        cases = [case for case in select(args.shapes) if isinstance(case, PrefillCase)]
+        formats = [KVFormat.parse(text).require_built() for text in args.format]
+    except (ValueError, NotBuiltError) as error:
+        parser.error(str(error))
+    if not cases:
+        parser.error(f"{', '.join(args.shapes)}: no shape of a prefill; there is prefill-2048+30720")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        parser.error(f"{args.json}: there is no folder {args.json.absolute().parent}")
+    from kvfold.bench.rivals import load_libraries
+    from kvfold.layout import PageLayout
+    from kvfold.ops import cuda
+    from kvfold.ops.cuda import dense
+
+    for fmt in formats:
+        if reason := cuda.supports(PageLayout.of(fmt, HEAD_SIZE, None, PAGE_SIZE)):
+            parser.error(f"{fmt}: {reason}")
+    if not torch.cuda.is_available():
+        sys.exit("torch finds no CUDA device, and this measures the CUDA prefill on one")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if reason := cuda.available(device):
+        sys.exit(reason)
+    load_libraries()
+    if dense.choose(device) != "fa3":
+        sys.exit("this measures prefills by FlashAttention-3, which is not here: install vllm or flash_attn_interface")
+    print(" " * 28 + "".join(f"{name:>14}" for name in COLUMNS))
+    measure(cases, formats, args.replays, writer(args.json))
+
+
+if __name__ == "__main__":
+    main()
