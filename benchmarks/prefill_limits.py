@@ -11,6 +11,10 @@ are asked for, is kept, windows and all, and called again part by part.
   power, and the clock stays higher. `bfloat16`: the same calls in bfloat16, which has kernels of its own.
 * `windows`: expanding the windows. `around`: rotating, joining and finding peaks.
 * `together`: `attention` and, on another stream at the same time, `windows`.
+* `in order`: all of these launches as they were made, without what the operation does on the host between them.
+
+A few calls of each in turns, many times: after a millisecond of matrix products the chip is hot and its clock low, and
+who is measured first would be measured cool.
 
 `wanted` is FlashAttention-3's time in bfloat16, on a bfloat16 prefix, over .95. `attention` and the windows' bytes at
 the rate of a copy are what remains of a call whatever the other parts take. Needs a GPU of compute capability 9.0 and
@@ -25,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -37,9 +42,11 @@ from kvfold.formats import KVFormat
 FACTOR = 0.95
 """How many times as fast as FlashAttention-3 in bfloat16 a prefill should be."""
 PAGE_SIZE = 64
+AT_ONCE = 3
+"""Calls of a part in a round, behind as many that are not timed."""
 COLUMNS = (
-    "bytes at copy", "windows", "around", "attention", "v in 8 bits", "in 8 bits", "bfloat16", "together", "kernel",
-    "wanted", "fa3_bf16",
+    "bytes at copy", "windows", "around", "attention", "v in 8 bits", "in 8 bits", "bfloat16", "together", "in order",
+    "kernel", "wanted", "fa3_bf16",
 )  # fmt: skip
 """Of the table, microseconds."""
 
@@ -54,6 +61,7 @@ class Watched:
             again for other heads stays what it was.
         windows: Calls that expand windows.
         around: All other launches of this package.
+        in_order: All of them, as they were made.
         window_bytes: Bytes that ``windows`` write.
     """
 
@@ -61,6 +69,7 @@ class Watched:
         self.attention: list[tuple[Any, ...]] = []
         self.windows: list[Call] = []
         self.around: list[Call] = []
+        self.in_order: list[Call] = []
         self.window_bytes = 0
 
 
@@ -76,7 +85,8 @@ def watched() -> Iterator[Watched]:
 
         def called(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            note(partial(function, *args, **kwargs), *args)
+            seen.in_order.append(call := partial(function, *args, **kwargs))
+            note(call, *args)
             return result
 
         setattr(module, name, called)
@@ -161,9 +171,9 @@ def row_of(
 
 
 def measure(
-    cases: Sequence[PrefillCase], formats: Sequence[KVFormat], replays: int, write: Callable[[dict[str, object]], None]
+    cases: Sequence[PrefillCase], formats: Sequence[KVFormat], rounds: int, write: Callable[[dict[str, object]], None]
 ) -> None:
-    """Times in microseconds, each the mean of two rounds' medians, as kvfold bench takes them."""
+    """Times in microseconds, each the median of all rounds."""
     from kvfold.bench import ours, rivals
     from kvfold.bench.kernel import Setting
     from kvfold.bench.timing import Launches, Timer, copy_bandwidth
@@ -194,13 +204,14 @@ def measure(
                 "in 8 bits": attention_of(seen, lambda at, x: rounded(x, 8) if at in (1, 2) else x),
                 "bfloat16": attention_of(seen, in_bfloat16),
                 "together": [at_once(attention, seen.windows, other)],
+                "in order": seen.in_order,
                 "kernel": list(kernel.calls),
                 "fa3_bf16": baseline,
             }
             graphs = {name: timer.capture(calls, graph=False) for name, calls in parts.items()}
             assert all(isinstance(graph, Launches) for graph in graphs.values())
-            rounds = [{name: timer.time(graph, replays) for name, graph in graphs.items()} for _ in "12"]
-            times = {name: (rounds[0][name] + rounds[1][name]) / 2 for name in parts}
+            turns = [{name: timer.time(graph, AT_ONCE) for name, graph in graphs.items()} for _ in range(rounds)]
+            times = {name: median(turn[name] for turn in turns) for name in parts}
             rows.append(row_of(case.name, str(fmt), times, case.cache_bytes(fmt), seen.window_bytes, copy))
             print(line(rows[-1]), flush=True)
             write({"copy_bytes_per_second": copy, "l2_bytes": setting.l2_bytes, "rows": rows})
@@ -217,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["prefill-2048+30720"], help="prefill shapes of kvfold bench")
     parser.add_argument("--format", nargs="+", default=["k4v4"], help="formats")
-    parser.add_argument("--replays", type=positive, default=30, help="of each measurement (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=15, help="of a few calls of each part (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     try:
@@ -246,7 +257,7 @@ def main() -> None:
     if dense.choose(device) != "fa3":
         sys.exit("this measures prefills by FlashAttention-3, which is not here: install vllm or flash_attn_interface")
     print(" " * 28 + "".join(f"{name:>14}" for name in COLUMNS))
-    measure(cases, formats, args.replays, writer(args.json))
+    measure(cases, formats, args.rounds, writer(args.json))
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def test_parts_of_the_decode_kernel_can_be_left_out() -> None:
 def test_what_a_prefill_leaves_for_the_rest_follows_from_its_parts() -> None:
     limits = script("prefill_limits")
     times = {"fa3_bf16": 1425.0, "attention": 1450.0, "windows": 50.0, "together": 1490.0, "around": 30.0}
-    times |= dict.fromkeys(("v in 8 bits", "in 8 bits", "bfloat16", "kernel"), 1.0)
+    times |= dict.fromkeys(("v in 8 bits", "in 8 bits", "bfloat16", "in order", "kernel"), 1.0)
     row = limits.row_of("a", "k4v4", times, packed_bytes=10**9, window_bytes=3 * 10**9, copy=4e12)
     assert row["wanted"] == pytest.approx(1500)
     assert row["hidden"] == pytest.approx(10)
