@@ -214,7 +214,7 @@ def measure(
             times = {name: median(turn[name] for turn in turns) for name in parts}
             rows.append(row_of(case.name, str(fmt), times, case.cache_bytes(fmt), seen.window_bytes, copy))
             print(line(rows[-1]), flush=True)
-            write({"copy_bytes_per_second": copy, "l2_bytes": setting.l2_bytes, "rows": rows})
+            write({"copy_bytes_per_second": copy, "l2_bytes": setting.l2_bytes, "rounds": rounds, "rows": rows})
             del parts, graphs, kernel, seen, attention
             torch.cuda.empty_cache()
 

@@ -274,7 +274,7 @@ def test_the_committed_figures(kvfold: Any, tmp_path: Path, monkeypatch: pytest.
     result = kvfold("report", "--output", output)
     assert result.code == 0
     left_out = [line for line in result.err.splitlines() if "left out" in line]
-    scripts = ("decode_limits", "decode_timeline", "vllm_answers", "vllm_fidelity")
+    scripts = ("decode_limits", "decode_timeline", "prefill_limits", "vllm_answers", "vllm_fidelity")
     unseen = ("kvfold compare", "kvfold tune", *(f"benchmarks/{name}.py" for name in scripts))
     files = sorted(RESULTS.glob("*.json"))
     expected = [f"{file.name}:" for file in files if json.loads(file.read_text())["command"].startswith(unseen)]

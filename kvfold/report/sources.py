@@ -52,6 +52,7 @@ WITHOUT_FIGURES = {
     "kvfold compare": frozenset(("prompt_tokens", "chunk", "rows")),
     "kvfold formats": frozenset(("formats", "not_built")),
     "kvfold tune": frozenset(("frontier", "held_out", "chosen")),
+    "benchmarks/prefill_limits.py": frozenset(("copy_bytes_per_second", "l2_bytes", "rounds", "rows")),
     "benchmarks/decode_limits.py": frozenset(("copy_bytes_per_second", "l2_bytes", "rows")),
     "benchmarks/decode_timeline.py": frozenset(("l2_bytes", "points", "rows")),
     "benchmarks/vllm_answers.py": frozenset(("modes", "settings")),
