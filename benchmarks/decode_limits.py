@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-from kvfold.bench.cases import HEAD_SIZE, DecodeCase, select
+from kvfold.bench.cases import HEAD_SIZE, DecodeCase, PrefillCase, select
 from kvfold.errors import NotBuiltError
 from kvfold.formats import KVFormat
 
@@ -176,21 +176,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def command_line(about: str, replays: int, help: str) -> tuple[list[DecodeCase], list[KVFormat], argparse.Namespace]:
-    """What is to be measured. Wrong input is refused, and so is a machine that cannot measure it."""
+C = TypeVar("C", DecodeCase, PrefillCase)
+
+
+def command_line(
+    about: str, kind: type[C], shapes: Sequence[str], counted: str, default: int, help: str
+) -> tuple[list[C], list[KVFormat], argparse.Namespace]:
+    """What is to be measured. Wrong input is refused, and so is a machine that cannot measure it.
+
+    Args:
+        about: The script's description.
+        kind: Of shapes.
+        shapes: Those that are measured if none are named.
+        counted: An option that takes a number of something, like ``--replays``.
+        default: That number's.
+        help: And what it says of itself.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(TIMES["k4v4"]), help="decode shapes of kvfold bench")
+    parser.add_argument("--shapes", nargs="+", default=list(shapes), help=f"{kind.kind} shapes of kvfold bench")
     parser.add_argument("--format", nargs="+", default=["k4v4"], help="formats")
-    parser.add_argument("--replays", type=positive, default=replays, help=f"{help} (%(default)s)")
+    parser.add_argument(counted, type=positive, default=default, help=f"{help} (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     try:
-        cases = [case for case in select(args.shapes) if isinstance(case, DecodeCase)]
+        cases = [case for case in select(args.shapes) if isinstance(case, kind)]
         formats = [KVFormat.parse(text).require_built() for text in args.format]
     except (ValueError, NotBuiltError) as error:
         parser.error(str(error))
     if not cases:
-        parser.error(f"{', '.join(args.shapes)}: no shape of decoding; there are {', '.join(TIMES['k4v4'])} and others")
+        parser.error(f"{', '.join(args.shapes)}: no {kind.kind} shape; there are {', '.join(shapes)}")
     if args.json is not None and not args.json.absolute().parent.is_dir():
         parser.error(f"{args.json}: there is no folder {args.json.absolute().parent}")
     import torch
@@ -202,7 +216,7 @@ def command_line(about: str, replays: int, help: str) -> tuple[list[DecodeCase],
         if reason := cuda.supports(PageLayout.of(fmt, HEAD_SIZE, None, PAGE_SIZE)):
             parser.error(f"{fmt}: {reason}")
     if not torch.cuda.is_available():
-        sys.exit("torch finds no CUDA device, and this measures the CUDA kernel on one")
+        sys.exit("torch finds no CUDA device, and this measures the CUDA kernels on one")
     if reason := cuda.available(torch.device("cuda", torch.cuda.current_device())):
         sys.exit(reason)
     return cases, formats, args
@@ -225,7 +239,9 @@ def writer(file: Path | None) -> Callable[[dict[str, object]], None]:
 
 
 def main() -> None:
-    cases, formats, args = command_line(__doc__ or "", 30, "of each measurement")
+    cases, formats, args = command_line(
+        __doc__ or "", DecodeCase, list(TIMES["k4v4"]), "--replays", 30, "of each measurement"
+    )
     from kvfold.bench.rivals import load_libraries
 
     load_libraries()

@@ -35,7 +35,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from decode_limits import PAGE_SIZE, command_line, compile_from, writer
+from decode_limits import PAGE_SIZE, TIMES, command_line, compile_from, writer
 
 from kvfold.bench.cases import DecodeCase
 from kvfold.formats import KVFormat
@@ -231,7 +231,9 @@ def table(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    cases, formats, args = command_line(__doc__ or "", 8, "whose stamps are read")
+    cases, formats, args = command_line(
+        __doc__ or "", DecodeCase, list(TIMES["k4v4"]), "--replays", 8, "whose stamps are read"
+    )
     measure(cases, formats, args.replays, writer(args.json))
 
 

@@ -13,8 +13,8 @@ are asked for, is kept, windows and all, and called again part by part.
 * `together`: `attention` and, on another stream at the same time, `windows`.
 * `in order`: all of these launches as they were made, without what the operation does on the host between them.
 
-A few calls of each in turns, many times: after a millisecond of matrix products the chip is hot and its clock low, and
-who is measured first would be measured cool.
+A few calls of each in turns, many times, each time in another order: after a millisecond of matrix products the chip is
+hot and its clock low, and who is measured first is measured cool.
 
 `wanted` is FlashAttention-3's time in bfloat16, on a bfloat16 prefix, over .95. `attention` and the windows' bytes at
 the rate of a copy are what remains of a call whatever the other parts take. Needs a GPU of compute capability 9.0 and
@@ -23,20 +23,19 @@ FlashAttention-3 (vLLM's, or its own package).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Any
 
 import torch
-from decode_limits import positive, writer
+from decode_limits import command_line, writer
 
-from kvfold.bench.cases import HEAD_SIZE, PrefillCase, select
-from kvfold.errors import FormatError, NotBuiltError
+from kvfold.bench.cases import PrefillCase
+from kvfold.errors import FormatError
 from kvfold.formats import KVFormat
 
 FACTOR = 0.95
@@ -210,7 +209,10 @@ def measure(
             }
             graphs = {name: timer.capture(calls, graph=False) for name, calls in parts.items()}
             assert all(isinstance(graph, Launches) for graph in graphs.values())
-            turns = [{name: timer.time(graph, AT_ONCE) for name, graph in graphs.items()} for _ in range(rounds)]
+            names, order, turns = list(graphs), Random(0), []
+            for _ in range(rounds):
+                order.shuffle(names)  # who always came behind short ones would always be measured cool
+                turns.append({name: timer.time(graphs[name], AT_ONCE) for name in names})
             times = {name: median(turn[name] for turn in turns) for name in parts}
             rows.append(row_of(case.name, str(fmt), times, case.cache_bytes(fmt), seen.window_bytes, copy))
             print(line(rows[-1]), flush=True)
@@ -225,34 +227,13 @@ def line(row: dict[str, object]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["prefill-2048+30720"], help="prefill shapes of kvfold bench")
-    parser.add_argument("--format", nargs="+", default=["k4v4"], help="formats")
-    parser.add_argument("--rounds", type=positive, default=15, help="of a few calls of each part (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    args = parser.parse_args()
-    try:
-        cases = [case for case in select(args.shapes) if isinstance(case, PrefillCase)]
-        formats = [KVFormat.parse(text).require_built() for text in args.format]
-    except (ValueError, NotBuiltError) as error:
-        parser.error(str(error))
-    if not cases:
-        parser.error(f"{', '.join(args.shapes)}: no shape of a prefill; there is prefill-2048+30720")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        parser.error(f"{args.json}: there is no folder {args.json.absolute().parent}")
+    cases, formats, args = command_line(
+        __doc__ or "", PrefillCase, ["prefill-2048+30720"], "--rounds", 15, "of a few calls of each part"
+    )
     from kvfold.bench.rivals import load_libraries
-    from kvfold.layout import PageLayout
-    from kvfold.ops import cuda
     from kvfold.ops.cuda import dense
 
-    for fmt in formats:
-        if reason := cuda.supports(PageLayout.of(fmt, HEAD_SIZE, None, PAGE_SIZE)):
-            parser.error(f"{fmt}: {reason}")
-    if not torch.cuda.is_available():
-        sys.exit("torch finds no CUDA device, and this measures the CUDA prefill on one")
     device = torch.device("cuda", torch.cuda.current_device())
-    if reason := cuda.available(device):
-        sys.exit(reason)
     load_libraries()
     if dense.choose(device) != "fa3":
         sys.exit("this measures prefills by FlashAttention-3, which is not here: install vllm or flash_attn_interface")
