@@ -318,6 +318,13 @@ def test_how_keys_are_cut() -> None:
         assert 0 < split.heads <= heads
         assert split.tokens % 16 == 0 < split.tokens
         assert split.heads * split.tokens * 512 <= room
+    for num_heads, heads, keys in ((32, 8, 32768), (64, 8, 139000), (128, 8, 2000), (32, 1, 10**6), (32, 32, 200_000)):
+        most, group = prefill._most_queries(keys, num_heads, heads, room), num_heads // heads
+        assert most >= 512
+        assert most * num_heads * 256 <= 32 * 2**20
+        split = prefill._split(most * group, heads, keys, room, 132, most + 16, True)
+        assert split.tokens >= most + 16
+        assert -(-keys // split.tokens) * split.heads * most * group * 256 <= 32 * 2**20
     for keys, rows, tokens in ((100, 30, 48), (100, 4, 96), (97, 1, 48), (32, 32, 48), (300, 60, 80)):
         cuts = prefill._cuts(keys, rows, tokens)
         assert cuts[0][0] == 0

@@ -25,7 +25,7 @@ from kvfold.layout import PageLayout  # noqa: E402
 from kvfold.ops import reference  # noqa: E402
 from kvfold.ops import triton as kernels  # noqa: E402
 from kvfold.ops.options import AttentionOptions  # noqa: E402
-from kvfold.ops.triton import decode, sides  # noqa: E402
+from kvfold.ops.triton import decode, prefill, sides  # noqa: E402
 
 pytestmark = [pytest.mark.gpu] if HAS_GPU else [pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -281,6 +281,29 @@ def test_decode_visibility(options: dict[str, Any]) -> None:
     check_decode(cache, noise(5, 3, 2, 32), **options)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, VISIBILITY["all"], {"batch_invariant": True}], ids=["plain", "all", "invariant"]
+)
+def test_a_batch_that_needs_more_scratch_is_cut(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, q = make_cache(PageLayout.of("k4v3", 32, 64, 16), LENGTHS, heads=1), noise(5, 3, 2, 32)
+    whole = check_decode(cache, q, **options)
+    batches, attend = [], decode._attend_and_combine
+
+    def watch(some: torch.Tensor, *rest: Any) -> None:
+        batches.append(len(some))
+        attend(some, *rest)
+
+    monkeypatch.setattr(decode, "_attend_and_combine", watch)
+    row_bytes = 4 * (32 + 1) + 4 * (64 + 2)  # with one split
+    for rows in (1, 2 * 6 + 1):  # less than a sequence, and two sequences
+        monkeypatch.setattr(decode, "SCRATCH_BYTES", rows * row_bytes)
+        batches.clear()
+        for x, y in zip(check_decode(cache, q, **options), whole, strict=True):
+            assert torch.equal(x, y)
+        assert len(batches) > 1
+        assert sum(batches) == 5
+
+
 def test_sequences_that_see_nothing_give_zero_and_minus_infinity() -> None:
     cache = make_cache(PageLayout.of("k4v4", 32, page_size=16), (0, 20, 20), heads=1)
     out, lse = check_decode(cache, noise(3, 2, 2, 32), first=torch.tensor([0, 20, 0]))
@@ -399,6 +422,24 @@ def test_prefill(chunk: str, spec: str, dtype: torch.dtype, option: dict[str, An
         visible = sees(end - begin, len(keys), window=option.get("window"), mask=mask)
         wanted.append(expected(q[begin:end].float(), keys, values, visible, 0.125, option.get("softcap")))
     assert_near((out.cpu(), lse.cpu()), Expected.stack(wanted, varlen=True), dtype)
+
+
+@pytest.mark.parametrize("option", [{}, {"window": 12}, {"softcap": 2.0}, {"mask": True}], ids=str)
+@pytest.mark.parametrize("chunk", ["exact", "packed"])
+def test_a_prefill_that_needs_more_scratch_is_cut(
+    chunk: str, option: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between sequences, and a sequence of 30 tokens into parts of 12."""
+    tokens, attend = [], prefill._attend
+
+    def watch(some: torch.Tensor, *rest: Any) -> None:
+        tokens.append(len(some))
+        attend(some, *rest)
+
+    monkeypatch.setattr(prefill, "_attend", watch)
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 12 * 4 * (4 * 64 + 4 * 32))  # of four heads
+    test_prefill(chunk, "k4v4", torch.float32, option)
+    assert tokens == [12, 5, 10, 12, 12, 6]
 
 
 @pytest.mark.parametrize(("head_size", "head_size_v"), [(80, 96), (32, 192)])

@@ -207,14 +207,18 @@ class CompressedImpl(AttentionImpl[Metadata]):
             ops.store_kv(k[:some], v[:some], pages, slots[:some], layout)
         if key is not None and value is not None:
             ops.store_kv(key, value, pages, torch.full((len(key),), -1, device=device), layout)
-        table = torch.zeros(self._max_rows, 1, dtype=torch.int32, device=device)
-        for query_len in self._query_lens:
-            q = query.new_zeros(self._max_rows, query_len, self.num_heads, layout.head_size)
-            lengths = torch.full((self._max_rows,), query_len, dtype=torch.int32, device=device)
+        table = torch.zeros(1, -(-self._max_tokens // PAGE_SIZE), dtype=torch.int32, device=device)
+        decodes = [query.new_zeros(self._max_rows, many, self.num_heads, layout.head_size) for many in self._query_lens]
+        if self.batch_invariant and self.settings.chunk == "packed":  # each token of a prompt is a row
+            decodes.append(query[:, None])
+        for q in decodes:
+            rows, query_len, *_ = q.shape
+            lengths = torch.full((rows,), query_len, dtype=torch.int32, device=device)
             ops.decode_attention(
-                q, pages, table, lengths, layout, scale=self.scale, softcap=self.softcap,
+                q, pages, table.expand(rows, -1), lengths, layout, scale=self.scale, softcap=self.softcap,
                 batch_invariant=self.batch_invariant,
             )  # fmt: skip
+        del decodes, q
         # a chunk as long as any, behind a prefix that fills the windows, as far as a request has room for both
         fills = _WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
         context = min(fills, self._max_tokens // 2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -152,7 +153,7 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         if not lengths.any():
             self._empty_schedules(batch.seq_lens[:0])
         if self.by_token and lengths.max(initial=0) > 1:
-            metadata.decodes.append(self._tokens(batch, lengths, table))
+            metadata.decodes = self._tokens(batch, starts, table)
             return metadata
         assert self.reorder_batch_threshold is not None
         # rows that only fill up a graph have no tokens; chunks of any lengths are one kind
@@ -239,12 +240,20 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         torch.add(self._within, block_table[:, :, None], alpha=self.pages_per_block, out=out)
         return out.flatten(1)
 
-    def _tokens(self, batch: CommonAttentionMetadata, lengths: np.ndarray, table: torch.Tensor) -> Decodes:
-        """Every token of the batch as a row of its own."""
+    def _tokens(self, batch: CommonAttentionMetadata, starts: np.ndarray, table: torch.Tensor) -> list[Decodes]:
+        """Every token of the batch as a row of its own. A request's tokens share its row of the table."""
+        lengths = np.diff(starts)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         behind = np.cumsum(lengths)[rows] - 1 - np.arange(len(rows))  # tokens of the same row
         row, later = self._on_device(np.concatenate([rows, behind])).split(len(rows))
-        return Decodes(0, len(rows), 1, table[row], batch.seq_lens[row] - later.int())
+        seq_lens = batch.seq_lens[row] - later.int()
+        decodes = []
+        for first, last in _runs(lengths == 1):
+            for a, b in pairwise((first, last) if lengths[first] == 1 else range(first, last + 1)):
+                begin, end = int(starts[a]), int(starts[b])
+                if begin < end:
+                    decodes.append(Decodes(begin, end, 1, table[a:b].expand(end - begin, -1), seq_lens[begin:end]))
+        return decodes
 
     def _on_device(self, numbers: np.ndarray) -> torch.Tensor:
         pinned = torch.from_numpy(numbers)

@@ -36,7 +36,9 @@ WINDOW_BYTES = 64 * 2**20
 """Of the de-quantised windows that exist at a time: K and V."""
 
 _FEW_ROWS = 64  # query rows of a KV head up to which the decode kernel is faster
-_MOST_QUERIES = 2**14  # of a call of FlashAttention-3, so that windows hold the keys of several heads
+_QUERY_BYTES = 32 * 2**20  # of rotated queries at a time
+_RESULT_BYTES = 32 * 2**20  # of partial results of a group of heads at a time
+_VECTOR_BYTES = 2 * 128  # of such a query or result
 _CAPACITY = 16  # partial results that are joined at once, unless there are more
 
 _ROOM = 64.0  # rotated queries are divided by it, see prefill.cu
@@ -187,7 +189,8 @@ def _split(
     """The windows of at most ``room`` bytes, and ``least`` tokens, that ``rows`` queries of a KV head read fastest.
 
     Few heads with all tokens need no joining; many heads make enough blocks for all processors where queries are few,
-    unless the library ``shares`` the keys of a block among processors then, as FlashAttention-3 does.
+    unless the library ``shares`` the keys of a block among processors then, as FlashAttention-3 does. Partial results
+    of a group are there together: where there is a choice, they have room.
     """
 
     def waves(width: int) -> float:
@@ -201,7 +204,14 @@ def _split(
         return reading + _CALL_COST * times * (groups + (rest > 0)) + _MERGE_COST * times * rows * heads
 
     splits = [_Split(width, room // (_TOKEN_BYTES * width) // 16 * 16) for width in range(1, heads + 1)]
-    return min((split for split in splits if split.tokens >= least), key=cost)
+    fitting = [split for split in splits if split.tokens >= least]
+    within = [split for split in fitting if _results(rows, keys, split) * _VECTOR_BYTES <= _RESULT_BYTES]
+    return min(within or fitting[:1], key=cost)
+
+
+def _results(rows: int, keys: int, split: _Split) -> int:
+    """Vectors of the partial results of a group of heads."""
+    return max(1, -(-keys // split.tokens)) * rows * split.heads
 
 
 @lru_cache(maxsize=64)
@@ -373,8 +383,7 @@ def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale
     chunk = None if s.chunk is None else (_readable(s.chunk[0], q.dtype), _readable(s.chunk[1], q.dtype))
     peaks = expand.find_peaks(pages, s.table, layout, tokens=s.context, chunk=chunk)
     room, before = WINDOW_BYTES, s.context - (count if chunk is None else 0)
-    # the last window has all keys that only some of the queries see, so these are as many as fit
-    most = min(_MOST_QUERIES, room // _TOKEN_BYTES - 16)
+    most = _most_queries(before + count, q.shape[1], heads, room)
     for begin in range(0, count, most):
         end = min(begin + most, count)
         rows = (end - begin) * (q.shape[1] // heads)
@@ -383,6 +392,16 @@ def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale
         part = s._replace(q=q[begin:end], chunk=chunk, out=s.out[begin:end], lse=s.lse[begin:end])
         _attend_causally(part, windows, split, before + end, heads, peaks, layout, scale * _ROOM / _LIFT)
         del windows  # before there are others
+
+
+def _most_queries(keys: int, num_heads: int, heads: int, room: int) -> int:
+    """How many queries are served at a time, so that they, rotated, and partial results are bounded, as windows are.
+
+    The last window has all keys that only some of the queries see, so these are as many as fit, at most.
+    """
+    windows = -(-keys // (room // _TOKEN_BYTES))  # of one head, at least
+    fitting = min(_QUERY_BYTES // num_heads, _RESULT_BYTES // (num_heads // heads * windows)) // _VECTOR_BYTES
+    return max(min(fitting // 128 * 128, room // _TOKEN_BYTES - 16), 16)
 
 
 def _attend_causally(

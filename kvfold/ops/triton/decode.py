@@ -13,6 +13,8 @@ heads fill them, as each is the sum of two float16.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -51,6 +53,9 @@ INVARIANT_SPLITS = 32
 INVARIANT_SPLIT_STEPS = 8
 """Fewest steps of a split in that mode."""
 
+SCRATCH_BYTES = 32 * 2**20
+"""Of rotated queries and partial results at a time; a batch that needs more is cut."""
+
 FAR = 1 << 30
 """More tokens than a sequence can have, and still safe to add to a position."""
 
@@ -72,17 +77,50 @@ def decode_attention(
     """
     batch_invariant = batch_invariant or getattr(options, "batch_invariant", False)
     batch, num_queries, num_heads, _ = q.shape
-    heads = pages.shape[1]
-    group = num_heads // heads
     k, v = sides.packed(layout, False), sides.packed(layout, True)
-    softcap = options.softcap or 0.0
+    launch = _launch(q, pages, block_table, layout, options, k, v, batch_invariant)
+    row_bytes = 4 * (k.fields * k.units + 1) + 4 * launch.splits * (_columns(v) + 2)
+    at_once = max(1, SCRATCH_BYTES // (row_bytes * num_queries * num_heads))
+    if at_once > 16:
+        at_once -= at_once % 16  # results begin at multiples of 16 bytes, as kernels are compiled for
+    out = torch.empty(batch, num_queries, num_heads, v.head_size, dtype=q.dtype, device=q.device)
+    lse = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device)
+    for begin in range(0, batch, at_once):
+        some = slice(begin, begin + at_once)
+        of_some = options if at_once >= batch else options._replace(
+            first=_rows(options.first, some), query_start=_rows(options.query_start, some),
+            mask=_rows(options.mask, some),
+        )  # fmt: skip
+        _attend_and_combine(
+            q[some], pages, block_table[some], seq_lens[some], layout, of_some, k, v, launch, batch_invariant,
+            out[some], lse[some],
+        )  # fmt: skip
+    return out, lse
 
-    factor = options.scale * sides.unit_level(k)
-    if not softcap:
-        factor *= LOG2_E
-    queries, units = rotate_queries_to_half(q, factor, Order(k.fields, k.units))
 
-    rows = num_queries * group
+class _Launch(NamedTuple):
+    """Shapes of a launch.
+
+    Attributes:
+        row_tile: Rows of a program. row_blocks: Programs for the rows of a KV head. warps: Of a program.
+        splits: Of a sequence. least: Steps of a split, at least. most: Splits that a sequence's steps are dealt out to.
+    """
+
+    row_tile: int
+    row_blocks: int
+    warps: int
+    splits: int
+    least: int
+    most: int
+
+
+def _launch(
+    q: torch.Tensor, pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout, options: AttentionOptions,
+    k: sides.Packed, v: sides.Packed, batch_invariant: bool,
+) -> _Launch:  # fmt: skip
+    batch, num_queries, num_heads, _ = q.shape
+    heads = pages.shape[1]
+    rows = num_queries * (num_heads // heads)
     row_tile = 4 if rows <= 4 else 8 if rows <= 8 else 16 if rows <= 16 else 64
     # one warp holds 16 rows of a head of 128 in its registers
     warps = max(1, row_tile // 16) * (1 if max(k.padded, v.padded) <= 128 else 2)
@@ -92,15 +130,29 @@ def decode_attention(
         reach = min(reach, options.window + num_queries - 1 + STEP)
     steps = max(1, triton.cdiv(reach, STEP))
     if batch_invariant:
-        splits, least = min(INVARIANT_SPLITS, triton.cdiv(steps + 1, INVARIANT_SPLIT_STEPS)), INVARIANT_SPLIT_STEPS
-        most = INVARIANT_SPLITS
-    else:
-        room = max(1, _warps(q.device) // (warps * batch * heads * row_blocks))
-        splits = most = min(room, MAX_SPLITS, triton.cdiv(steps, MIN_SPLIT_STEPS))
-        least = 1
+        splits = min(INVARIANT_SPLITS, triton.cdiv(steps + 1, INVARIANT_SPLIT_STEPS))
+        return _Launch(row_tile, row_blocks, warps, splits, INVARIANT_SPLIT_STEPS, INVARIANT_SPLITS)
+    room = max(1, _warps(q.device) // (warps * max(batch, 1) * heads * row_blocks))
+    splits = min(room, MAX_SPLITS, triton.cdiv(steps, MIN_SPLIT_STEPS))
+    return _Launch(row_tile, row_blocks, warps, splits, 1, splits)
 
-    total = batch * num_queries * num_heads
-    columns = v.pairs * (1 if v.bits == 8 else 2)
+
+def _attend_and_combine(
+    q: torch.Tensor, pages: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, layout: PageLayout,
+    options: AttentionOptions, k: sides.Packed, v: sides.Packed, launch: _Launch, batch_invariant: bool,
+    out: torch.Tensor, lse: torch.Tensor,
+) -> None:  # fmt: skip
+    """The three launches for some of the sequences, whose results are written to ``out`` and ``lse``."""
+    batch, num_queries, num_heads, _ = q.shape
+    heads = pages.shape[1]
+    group = num_heads // heads
+    softcap = options.softcap or 0.0
+    factor = options.scale * sides.unit_level(k)
+    if not softcap:
+        factor *= LOG2_E
+    queries, units = rotate_queries_to_half(q, factor, Order(k.fields, k.units))
+    row_tile, row_blocks, warps, splits, least, most = launch
+    total, columns = batch * num_queries * num_heads, _columns(v)
     partial = torch.empty(total, splits, columns, dtype=torch.float32, device=q.device)
     state = torch.empty(total, splits, 2, dtype=torch.float32, device=q.device)
     mask = options.mask
@@ -115,14 +167,12 @@ def decode_attention(
         partial, state, heads, group, num_queries, row_blocks, splits, least, most,
         min(options.lag, FAR), FAR if options.window is None else min(options.window, FAR), softcap,
         K=k, V=v, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes, TILE_BYTES=layout.tile_bytes, TILE=TILE,
-        REFERENCE=layout.reference if layout.format.mean else -1, ROWS=row_tile, GROUPS=STEP // 4, STACKED=rows <= 4,
+        REFERENCE=layout.reference if layout.format.mean else -1, ROWS=row_tile, GROUPS=STEP // 4,
+        STACKED=num_queries * group <= 4,
         HAS_BEGIN=options.window is not None or options.first is not None, HAS_FIRST=options.first is not None,
         HAS_START=options.query_start is not None, HAS_MASK=mask is not None, SOFTCAP=bool(softcap),
         num_warps=warps, num_stages=1 if warps > max(1, row_tile // 16) and max(k.bits, v.bits) > 4 else STAGES,
     )  # fmt: skip
-
-    out = torch.empty(batch, num_queries, num_heads, v.head_size, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device)
     _combine[(total,)](
         partial, state, sides.inverse_matrix(v.head_size, q.device), sides.unit_level(v),
         out, lse, num_heads, num_queries, splits,
@@ -130,7 +180,15 @@ def decode_attention(
         SPLITS=INVARIANT_SPLITS if batch_invariant else min(32, sides.power_of_two(splits)),
         num_warps=v.padded // 32 * 2,
     )  # fmt: skip
-    return out, lse
+
+
+def _columns(v: sides.Packed) -> int:
+    """Of a partial result."""
+    return v.pairs * (1 if v.bits == 8 else 2)
+
+
+def _rows(x: torch.Tensor | None, some: slice) -> torch.Tensor | None:
+    return None if x is None else x[some]
 
 
 LOG2_E = 1.4426950408889634
@@ -161,7 +219,8 @@ def _optional(positions: torch.Tensor | None) -> tuple[torch.Tensor | None, int]
     do_not_specialize=[
         "table_row", "mask_row", "mask_query", "heads", "group", "num_queries", "row_blocks", "splits", "least", "most",
         "lag", "window",
-    ]
+    ],
+    do_not_specialize_on_alignment=["table", "lengths", "first", "query_start"],  # parts of a batch begin anywhere
 )  # fmt: skip
 def _attend(
     queries, units, k_pages, v_pages, scale_pages, k_levels, v_levels,

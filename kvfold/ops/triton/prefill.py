@@ -5,10 +5,15 @@ Two passes over blocks of rows (query tokens times the heads of a group). The fi
 packed prefix, tile by tile: a tile of K and of V is unpacked on the fly, and serves all rows of the block. The second,
 where the chunk's own K and V are at hand, goes on from there with the plain queries.
 
-The grid depends on shapes alone: a block finds its sequence by bisection of ``cu_seqlens``.
+The grid depends on shapes alone: a block finds its sequence by bisection of ``cu_seqlens``. Only where rotated queries
+and results would exceed :data:`SCRATCH_BYTES` are lengths read on the host (once for all layers, see
+:mod:`kvfold.ops.lengths`), and the batch is cut into several launches, between sequences and inside of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +21,7 @@ import triton.language as tl
 
 from kvfold.formats import TILE
 from kvfold.layout import PageLayout
+from kvfold.ops.lengths import on_host
 from kvfold.ops.options import AttentionOptions
 from kvfold.ops.triton import sides
 from kvfold.ops.triton.decode import FAR, LN_2, LOG2_E, capped
@@ -25,6 +31,9 @@ from kvfold.rotation import unrotate
 
 ROWS = 64
 TOKENS = 64
+
+SCRATCH_BYTES = 64 * 2**20
+"""Of rotated queries and results over the prefix at a time."""
 
 
 def prefill_attention(
@@ -40,14 +49,88 @@ def prefill_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See :func:`kvfold.ops.prefill_attention`."""
     total, num_heads, _ = q.shape
-    batch, heads = context_lens.shape[0], pages.shape[1]
-    group = num_heads // heads
     k_side, v_side = sides.packed(layout, False), sides.packed(layout, True)
-    mixed = torch.empty(total, num_heads, v_side.head_size, dtype=torch.float32, device=q.device)
+    out = torch.empty(total, num_heads, v_side.head_size, dtype=q.dtype, device=q.device)
     lse = torch.empty(num_heads, total, dtype=torch.float32, device=q.device)
     if not total:
-        return mixed.to(q.dtype), lse
+        return out, lse
+    chunk = None if k is None or v is None else (k, v)
+    # queries and results over the prefix, or those and the un-rotated ones
+    row_bytes = max(4 * k_side.padded + 4 * v_side.head_size, 8 * v_side.head_size)
+    most = max(1, SCRATCH_BYTES // (row_bytes * num_heads))
+    parts: Iterable[_Part]
+    if total <= most:
+        parts = [_Part(0, total, 0, block_table, context_lens, cu_seqlens, 0, options.mask)]
+    else:
+        parts = _parts(block_table, context_lens, cu_seqlens, options.mask, chunk is None, most)
+    for part in parts:
+        own = None if chunk is None else (chunk[0][part.own : part.end], chunk[1][part.own : part.end])
+        of_part = options._replace(mask=part.mask)
+        _attend(
+            q[part.begin : part.end], pages, part, layout, of_part, k_side, v_side, own,
+            out[part.begin : part.end], lse[:, part.begin :],
+        )  # fmt: skip
+    return out, lse
 
+
+class _Part(NamedTuple):
+    """Sequences that are served at once, or some queries of a sequence.
+
+    Attributes:
+        begin: The first of their tokens in the batch. end: Behind the last.
+        own: The first token of their chunks: ``begin - skipped``.
+        table: Their rows. context: int, ``[b]``. bounds: int, ``[b + 1]``, from 0 on.
+        skipped: Tokens of the chunk before the first query, if it is one sequence.
+        mask: See :class:`~kvfold.ops.options.AttentionOptions`.
+    """
+
+    begin: int
+    end: int
+    own: int
+    table: torch.Tensor
+    context: torch.Tensor
+    bounds: torch.Tensor
+    skipped: int
+    mask: torch.Tensor | None
+
+
+def _parts(
+    table: torch.Tensor, context: torch.Tensor, bounds: torch.Tensor, mask: torch.Tensor | None, packed: bool, most: int
+) -> Iterator[_Part]:
+    """The batch cut into parts of at most ``most`` tokens."""
+    starts = on_host(bounds)
+    b = 0
+    while b + 1 < len(starts):
+        begin, last = starts[b], b
+        while last + 2 < len(starts) and starts[last + 2] - begin <= most:
+            last += 1
+        end = starts[last + 1]
+        if end - begin <= most:
+            rows = slice(b, last + 1)
+            own_bounds = bounds[b : last + 2] - begin
+            own_mask = None if mask is None else mask[rows]
+            if end > begin:
+                yield _Part(begin, end, begin, table[rows], context[rows], own_bounds, 0, own_mask)
+        else:
+            for at in range(begin, end, most):
+                until = min(at + most, end)
+                own_bounds = torch.arange(0, until - at + 1, until - at, dtype=torch.int32, device=bounds.device)
+                seen = context[b : b + 1] - (end - until) if packed else context[b : b + 1]
+                own_mask = None if mask is None else mask[b : b + 1, at - begin : until - begin]
+                yield _Part(at, until, begin, table[b : b + 1], seen, own_bounds, at - begin, own_mask)
+        b = last + 1
+
+
+def _attend(
+    q: torch.Tensor, pages: torch.Tensor, part: _Part, layout: PageLayout, options: AttentionOptions,
+    k_side: sides.Packed, v_side: sides.Packed, chunk: tuple[torch.Tensor, torch.Tensor] | None,
+    out: torch.Tensor, lse: torch.Tensor,
+) -> None:  # fmt: skip
+    """The two passes for a part, whose results are written to ``out`` and ``lse``, whose rows may be longer."""
+    total, num_heads, _ = q.shape
+    batch, heads = part.context.shape[0], pages.shape[1]
+    group = num_heads // heads
+    mixed = torch.empty(total, num_heads, v_side.head_size, dtype=torch.float32, device=q.device)
     softcap, mask = options.softcap or 0.0, options.mask
     factor = options.scale * sides.unit_level(k_side) * (1.0 if softcap else LOG2_E)
 
@@ -57,29 +140,29 @@ def prefill_attention(
 
     large = max(k_side.padded, v_side.padded) > 128
     shared = (
-        context_lens, context_lens.stride(0), cu_seqlens, cu_seqlens.stride(0), batch,
+        part.context, part.context.stride(0), part.bounds, part.bounds.stride(0), batch, part.skipped,
         *((q, 0, 0, 0) if mask is None else (mask.view(torch.uint8), *mask.stride())),
-        heads, group, total, FAR if options.window is None else min(options.window, FAR), softcap,
+        heads, group, lse.stride(0), FAR if options.window is None else min(options.window, FAR), softcap,
     )  # fmt: skip
     flags = {"HAS_WINDOW": options.window is not None, "HAS_MASK": mask is not None, "SOFTCAP": bool(softcap)}
     _prefix[grid(ROWS)](
         rotate_queries(q[None], factor, Order(1, k_side.padded)),
         pages, pages.view(torch.int16), pages.view(torch.int8), 1.0 / sides.unit_level(k_side),
         _table(k_side, q.device), _table(v_side, q.device), sides.unit_level(v_side),
-        block_table, *block_table.stride(), mixed, lse, *shared,
-        K=k_side, V=v_side, PACKED=k is None, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes,
+        part.table, *part.table.stride(), mixed, lse, *shared,
+        K=k_side, V=v_side, PACKED=chunk is None, PAGE_SIZE=layout.page_size, PAGE_BYTES=layout.page_bytes,
         TILE_BYTES=layout.tile_bytes, TILE=TILE, REFERENCE=layout.reference if layout.format.mean else -1,
         ROWS=ROWS, TOKENS=TOKENS // 2 if large else TOKENS, num_warps=8, num_stages=1, **flags,
     )  # fmt: skip
     mixed = unrotate(mixed)
-    if k is None or v is None:
-        return mixed.to(q.dtype), lse
+    if chunk is None:
+        out.copy_(mixed)
+        return
 
+    k, v = chunk
+    q_exact = q
     if not q.dtype == k.dtype == v.dtype:
         q_exact, k, v = q.float(), k.float(), v.float()
-    else:
-        q_exact = q
-    out = torch.empty(mixed.shape, dtype=q.dtype, device=q.device)
     wide = q_exact.element_size() * (k_side.padded + v_side.padded) > 512
     rows = ROWS // 2 if large and q_exact.element_size() == 4 else ROWS
     _chunk[grid(rows)](
@@ -90,7 +173,6 @@ def prefill_attention(
         ROWS=rows, TOKENS=TOKENS // 2 if wide else TOKENS,
         num_warps=8 if wide else 4, num_stages=1 if wide else 2, **flags,
     )  # fmt: skip
-    return out, lse
 
 
 def _table(side: sides.Packed, device: torch.device) -> torch.Tensor:
@@ -118,16 +200,19 @@ def _my_rows(block, context_lens, context_stride, bounds, bound_stride, batch, g
     return low, begin, length, context, first_row
 
 
-_VARYING = ["batch", "mask_row", "mask_query", "heads", "group", "total", "window"]
+_VARYING = ["batch", "skipped", "mask_row", "mask_query", "heads", "group", "lse_head", "window"]
 """Arguments whose value is not worth a kernel of its own."""
 
+_ANYWHERE = ["table", "context_lens", "bounds", "lse"]
+"""Pointers into what may be a part of something, whose alignment is not worth one either: serving must not compile."""
 
-@triton.jit(do_not_specialize=[*_VARYING, "table_row"])
+
+@triton.jit(do_not_specialize=[*_VARYING, "table_row"], do_not_specialize_on_alignment=_ANYWHERE)
 def _prefix(
     queries, pages, scale_pages, reference_pages, reference_unit, k_levels, v_levels, unit,
     table, table_row, table_page, mixed, lse,
-    context_lens, context_stride, bounds, bound_stride, batch, mask, mask_row, mask_query, mask_token,
-    heads, group, total, window, softcap,
+    context_lens, context_stride, bounds, bound_stride, batch, skipped, mask, mask_row, mask_query, mask_token,
+    heads, group, lse_head, window, softcap,
     K: tl.constexpr, V: tl.constexpr, PACKED: tl.constexpr,
     PAGE_SIZE: tl.constexpr, PAGE_BYTES: tl.constexpr, TILE_BYTES: tl.constexpr, TILE: tl.constexpr,
     REFERENCE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
@@ -143,7 +228,7 @@ def _prefix(
         query = row // group
         valid = row < length * group
         place = (begin + query).to(tl.int64) * (heads * group) + head * group + row % group
-        start = context - length if PACKED else context
+        start = context - length if PACKED else context + skipped
         position = start + query
         last = tl.minimum(start + (first_row + ROWS - 1) // group, start + length - 1)
         to_token = tl.minimum(context, last + 1)
@@ -206,7 +291,7 @@ def _prefix(
         acc = tl.where((sums == 0.0)[:, None], 0.0, acc * (unit / tl.where(sums == 0.0, 1.0, sums))[:, None])
         inside = valid[:, None] & (v_coordinate < V.head_size)[None, :]
         tl.store(mixed + place[:, None] * V.head_size + v_coordinate[None, :], acc, mask=inside)
-        _store_lse(lse, top, sums, begin + query, head * group + row % group, total, valid)
+        _store_lse(lse, top, sums, begin + query, head * group + row % group, lse_head, valid)
 
 
 @triton.jit
@@ -225,18 +310,18 @@ def _raised(top, s):
 
 
 @triton.jit
-def _store_lse(lse, top, sums, token, head, total, valid):
+def _store_lse(lse, top, sums, token, head, lse_head, valid):
     seen = sums != 0.0
     logarithm = tl.where(seen, (top + tl.log2(tl.where(seen, sums, 1.0))) * LN_2, float("-inf"))
-    tl.store(lse + head.to(tl.int64) * total + token, logarithm, mask=valid)
+    tl.store(lse + head.to(tl.int64) * lse_head + token, logarithm, mask=valid)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANYWHERE[1:])
 def _chunk(
     q, q_token, q_head, q_coordinate, k, k_token, k_head, k_coordinate, v, v_token, v_head, v_coordinate,
     factor, mixed, lse, out,
-    context_lens, context_stride, bounds, bound_stride, batch, mask, mask_row, mask_query, mask_token,
-    heads, group, total, window, softcap,
+    context_lens, context_stride, bounds, bound_stride, batch, skipped, mask, mask_row, mask_query, mask_token,
+    heads, group, lse_head, window, softcap,
     HEAD_SIZE: tl.constexpr, HEAD_SIZE_V: tl.constexpr, PADDED: tl.constexpr, PADDED_V: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -259,13 +344,16 @@ def _chunk(
         place = (q_index * (heads * group) + my_head)[:, None] * HEAD_SIZE_V + column_v[None, :]
         acc = tl.load(mixed + place, mask=inside_v, other=0.0)
         # the prefix counts as one token of this score
-        top = tl.load(lse + my_head.to(tl.int64) * total + begin + query, mask=valid, other=float("-inf")) / LN_2
+        top = tl.load(lse + my_head.to(tl.int64) * lse_head + begin + query, mask=valid, other=float("-inf")) / LN_2
         sums = tl.where(top == float("-inf"), 0.0, 1.0)
 
-        last = tl.minimum((first_row + ROWS - 1) // group, length - 1)
-        from_token = tl.maximum(first_row // group - window + 1, 0) // TOKENS * TOKENS
+        # from here on `at` is where a query stands in its chunk, and `length` all that the chunk has up to the last one
+        at = skipped + query
+        last = skipped + tl.minimum((first_row + ROWS - 1) // group, length - 1)
+        length += skipped
+        from_token = tl.maximum(skipped + first_row // group - window + 1, 0) // TOKENS * TOKENS
         # tokens that every row sees need no mask
-        all_see = first_row // group // TOKENS * TOKENS
+        all_see = (skipped + first_row // group) // TOKENS * TOKENS
         if HAS_WINDOW or HAS_MASK:
             all_see = from_token
         k_base = k + begin.to(tl.int64) * k_token + head * k_head
@@ -287,9 +375,9 @@ def _chunk(
             s = _product(queries, keys, tl.zeros((ROWS, TOKENS), tl.float32), PRECISION) * factor
             if SOFTCAP:
                 s = capped(s, softcap)
-            visible = (token[None, :] <= query[:, None]) & (token < length)[None, :]
+            visible = (token[None, :] <= at[:, None]) & (token < length)[None, :]
             if HAS_WINDOW:
-                visible = visible & (token[None, :] > query[:, None] - window)
+                visible = visible & (token[None, :] > at[:, None] - window)
             if HAS_MASK:
                 asked = mask + b.to(tl.int64) * mask_row + query[:, None] * mask_query
                 asked = asked + (context + token)[None, :] * mask_token
@@ -308,7 +396,7 @@ def _chunk(
 
         acc = tl.where((sums == 0.0)[:, None], 0.0, acc / tl.where(sums == 0.0, 1.0, sums)[:, None])
         tl.store(out + place, convert(acc, out.dtype.element_ty), mask=inside_v)
-        _store_lse(lse, top, sums, begin + query, my_head, total, valid)
+        _store_lse(lse, top, sums, begin + query, my_head, lse_head, valid)
 
 
 @triton.jit
