@@ -43,6 +43,7 @@ struct Fiber {
     jmp_buf context;
     unsigned char* stack = nullptr;
     bool begun = false, done = true, polls = false;
+    bool waited = false;  // for the kernels ahead
     const unsigned* counter = nullptr;  // what it waits for to change
     unsigned seen = 0;
 };
@@ -78,6 +79,7 @@ static Fiber* current;
 static void (*body)(void*);
 static void* body_argument;
 static unsigned block_turn, threads, alive, block_arrived, schedule, random_state;
+static bool early;                // whether it may begin before the kernels ahead have ended
 static bool moved;  // whether anybody got on since the scheduler last looked
 static unsigned char* dynamic_shared;
 static size_t dynamic_bytes;
@@ -268,7 +270,7 @@ static void begin_block() {
     block_arrived = 0;
     alive = threads;
     for (unsigned n = 0; n < threads; n++) {
-        fibers[n].begun = fibers[n].done = fibers[n].polls = false;
+        fibers[n].begun = fibers[n].done = fibers[n].polls = fibers[n].waited = false;
         fibers[n].counter = nullptr;
         memset(fibers[n].stack, POISON, MARGIN);
     }
@@ -276,6 +278,8 @@ static void begin_block() {
 
 static void end_block() {
     check_barriers();
+    for (unsigned t = 0; early && t < threads; t++)
+        if (!fibers[t].waited) fail("it is launched early, and its thread %u never waits for the kernels ahead", t);
     if (!copies.empty()) fail("the block ends while %zu copies into it are under way", copies.size());
     for (size_t n = 0; n < GUARD; n++)
         if (dynamic_shared[dynamic_bytes + n] != POISON) fail("byte %zu past the dynamic shared memory was written", n);
@@ -358,9 +362,9 @@ static void call(void (*kernel)(A...), void** arguments, std::index_sequence<I..
 // Run a kernel. `arguments` are as cuLaunchKernel takes them. Returns null, or what went wrong.
 template <class... A>
 static const char* launch(void (*kernel)(A...), Dim3 grid, unsigned wanted, size_t shared_bytes, unsigned chosen,
-                          void** arguments) {
+                          bool begins_early, void** arguments) {
     *message = 0;
-    schedule = chosen;
+    schedule = chosen, early = begins_early;
     gridDim = grid;
     blockDim = {wanted, 1, 1};
     if (wanted % LANES || !wanted) return "the emulator runs whole warps only";

@@ -30,8 +30,8 @@ FLAGS = (
 _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+(?:void\s+|__launch_bounds__\([^()]*\)\s*)+(\w+)\(')
 _EXPORTS = """\
 EXPORT const char* launch_{entry}(unsigned x, unsigned y, unsigned z, unsigned threads, size_t shared_bytes,
-                                  unsigned schedule, void** arguments) {{
-    return host::launch({entry}, {{x, y, z}}, threads, shared_bytes, schedule, arguments);
+                                  unsigned schedule, bool early, void** arguments) {{
+    return host::launch({entry}, {{x, y, z}}, threads, shared_bytes, schedule, early, arguments);
 }}
 EXPORT int parameters_{entry}(size_t* to) {{ return host::parameter_sizes({entry}, to); }}"""
 _DYNAMIC_SHARED = re.compile(r"extern\s+__shared__\s+(?:__align__\(\d+\)\s*)?([\w ]+?)\s+(\w+)\[\];")

@@ -65,7 +65,7 @@ class EmulatedKernel:
         self._device = device
         self._library = _load(build(file, defines, layouts))
         self._launch, self._parameters = self._library[f"launch_{entry}"], self._library[f"parameters_{entry}"]
-        self._launch.argtypes = [*[ctypes.c_uint] * 4, ctypes.c_size_t, ctypes.c_uint, ctypes.c_void_p]
+        self._launch.argtypes = [*[ctypes.c_uint] * 4, ctypes.c_size_t, ctypes.c_uint, ctypes.c_bool, ctypes.c_void_p]
         self._launch.restype = ctypes.c_char_p
         self._arguments = runtime._Arguments()
 
@@ -87,7 +87,8 @@ class EmulatedKernel:
         """Run the kernel to its end; arguments as of the real one's ``launch``.
 
         Raises:
-            AssertionError: The kernel did what a GPU leaves undefined, or waits for ever.
+            AssertionError: The kernel did what a GPU leaves undefined, or waits for ever; or it is launched early, and
+                a thread ends without having waited for the kernels ahead.
         """
         if not all(grid):
             return
@@ -95,7 +96,7 @@ class EmulatedKernel:
         assert given == wanted, f"{self.name} takes parameters of {wanted} bytes, and gets {given}"
         self._device.launches.append((self.name, grid))
         address = self._arguments.fill(args)
-        error = self._launch(*grid, threads, shared_bytes, self._device.schedule, address)
+        error = self._launch(*grid, threads, shared_bytes, self._device.schedule, early, address)
         assert error is None, f"{self.file}, {self.name}: {error.decode()}"
 
 

@@ -194,7 +194,7 @@ inline void ld_relaxed_gpu_v4_f32(float& d0, float& d1, float& d2, float& d3, co
     d0 = at[0], d1 = at[1], d2 = at[2], d3 = at[3];
 }
 inline void atom_add_acq_rel_gpu_global_u32(u32& d, u32* at, u32 x) { d = *at, *at += x; }
-inline void griddepcontrol_wait() {}  // kernels run one after the other
+inline void griddepcontrol_wait() { host::current->waited = true; }  // kernels run one after the other
 inline void griddepcontrol_launch_dependents() {}
 inline void prefetch_global_L2(const void*) {}
 inline void cp_async_bulk_prefetch_L2_global(u64 from, u32 bytes) {
