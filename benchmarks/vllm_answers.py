@@ -6,18 +6,25 @@
 With ``chunk=packed`` and ``VLLM_BATCH_INVARIANT=1`` a token's attention is a function of its position and of the bytes
 before it (docs/vllm.md), and vLLM's own layers do not depend on the batch: the answers have to be equal. With
 ``torch.compile`` vLLM's layers round otherwise than without it, so its answers are compared among themselves, with and
-without CUDA graphs.
+without CUDA graphs. Two GPUs sum in another order than one, so there it is only said how many answers are equal.
 
 With ``--default`` neither is set, and what is compared is how far the cache moves the next-token distributions: the KL
 divergence from the same model with vLLM's own cache, over the tokens that all answers to a prompt begin with and the
 first that differs in one, of the ``--logprobs`` likeliest tokens and the rest as one. Intervals (95 %) are bootstrapped
-over prompts; those of the modes' differences from the first one hold for all modes at once (Bonferroni).
+over prompts; those of the modes' differences from the first one hold for all modes at once (Bonferroni). Beside a
+difference's mean, which one prompt may decide, stand its median and in how many prompts a mode is further.
+
+``preempted`` serves one prompt at a time, in a crowd of others that come first. Together they fill the cache, and one
+of the others then needs one more block, for which vLLM throws out who came last: each prompt is computed anew when its
+answer has one token or two. (Left to chance, with all prompts in a small cache, it is a few of 90: who is let in seldom
+leaves so few blocks that they are gone before somebody ends.) ``skipped layers`` leaves two layers uncompressed, which
+is another function: only its KL is told, and how many layers are compressed.
 
 Prompts are pieces of the text of 100 tokens to ``--longest``. Needs a GPU and vLLM 0.33; the model is SmolLM2 unless
 ``--model`` names a directory. Each way of serving has a process of its own; with ``--jobs`` several run at a time,
 spread over the GPUs that there are.
 
-SmolLM2's 3 KV heads do not divide by two, so for the mode ``2 GPUs`` all modes serve it with a fourth one of zeros,
+SmolLM2's 3 KV heads do not divide by two, so for the modes of 2 GPUs all modes serve it with a fourth one of zeros,
 whose query heads nobody listens to: the same function.
 """
 
@@ -28,13 +35,16 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import datetime, timezone
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +54,61 @@ from whole_heads import with_whole_heads
 from kvfold.models import smollm2_folder
 
 GPUS = 2
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+FULL_GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, "enforce_eager": False}
 MODES: dict[str, dict[str, Any]] = {
     "batched": {},
     "alone": {"max_num_seqs": 1},
     "in chunks": {"max_num_batched_tokens": 512},
-    "preempted": {"num_gpu_blocks_override": 136},
+    # one of the blocks is vLLM's own; 135 hold a request of LONGEST tokens, and a step computes what they hold
+    "preempted": {"num_gpu_blocks_override": 136, "max_num_batched_tokens": 16384},
     "prefix hits": {"enable_prefix_caching": True},
-    "n-grams": {
-        "speculative_config": {
-            "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1,
-        },
-    },
-    "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}, "enforce_eager": False},
+    "n-grams": {"speculative_config": NGRAMS},
+    "graphs": FULL_GRAPHS,
+    # vLLM fills up drafts, so that all requests have as many, which is what graphs are made for
+    "n-grams, graphs": {"speculative_config": NGRAMS} | FULL_GRAPHS,
     "compiled": {"compilation_config": {"cudagraph_mode": "NONE"}, "enforce_eager": False},
     "compiled, with graphs": {"enforce_eager": False},
     "2 GPUs": {"tensor_parallel_size": GPUS},
+    "2 GPUs, graphs": {
+        "tensor_parallel_size": GPUS, "enforce_eager": False,
+        "compilation_config": {"pass_config": {"fuse_allreduce_rms": False}},  # see WITHOUT_MULTICAST
+    },
+    "skipped layers": {"kv_cache_dtype_skip_layers": ["0", "1"]},
 }  # fmt: skip
+ON_TWO = [mode for mode, options in MODES.items() if "tensor_parallel_size" in options]
+WITH_GRAPHS = ["graphs", "n-grams, graphs", "compiled, with graphs", "2 GPUs, graphs"]
+SKIPPED = "skipped layers"
 FIRST = "batched"
 """What the others are compared with, but for:"""
-COMPARED_WITH = {"compiled, with graphs": "compiled", "compiled": "compiled"}
+COMPARED_WITH = {
+    "compiled, with graphs": "compiled",
+    "compiled": "compiled",
+    "2 GPUs, graphs": "compiled, with graphs",  # which differs in the order of sums alone
+}
+NOT_INVARIANT = ["n-grams, graphs", SKIPPED]
+"""Left out where answers have to be equal, unless asked for: graphs are for single tokens there, and skipped layers
+are another function."""
+WITHOUT_MULTICAST = {
+    "NCCL_NVLS_ENABLE": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
+}  # fmt: skip
+"""Without NVLink multicast, which can take the GPUs of a host that others share out of service."""
+ENVIRONMENT = {
+    # the scheduler in this process: it begins when all requests are there, and not with the first of them
+    "preempted": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    **dict.fromkeys(ON_TWO, WITHOUT_MULTICAST),
+}
 LONGEST = 8192
+CROWD_TOKENS = 6
+"""That the others of a crowd generate."""
+CROWD_BLOCKS = 16
+"""Of one of them at most, as long contexts take long where each token reads its own alone."""
 METRICS = ("vllm:num_preemptions", "vllm:spec_decode_num_accepted_tokens", "vllm:prefix_cache_hits")
+MET = dict(zip(METRICS, ("preemptions", "drafted tokens accepted", "tokens found in the prefix cache"), strict=True))
+LAYERS = re.compile(r"kvfold compresses (\d+) of (\d+) layers")
+STEPS = re.compile(r"\|(?: *\d+ *\|){3} *(FULL|PIECEWISE|NONE) *\| *(\d+) *\|")
+"""A row of vLLM's table of CUDA graphs: tokens, tokens with padding, padding, kind of graph, steps."""
+WARNING = re.compile(r"\b(WARNING|ERROR)\b")
 
 Distribution = dict[str, float]
 """Log-probabilities of the likeliest tokens."""
@@ -82,6 +126,39 @@ def prompts_of(text: str, folder: Path, count: int, longest: int) -> list[list[i
     return [tokens[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
 
+def crowd(length: int, late: int, usable: int, block: int) -> list[int]:
+    """Lengths of the prompts that leave to one more just the blocks that it takes, out of so many usable ones.
+
+    The last of them needs a further block for its second token or, ``late`` by 1, for its third; the others need none
+    for half a block.
+    """
+    left = usable - -(-length // block)
+    count = -(-left // CROWD_BLOCKS)
+    blocks = [left // count + (n < left % count) for n in range(count)]
+    return [n * block - block // 2 for n in blocks[:-1]] + [blocks[-1] * block - late]
+
+
+def preempted(llm: Any, prompts: list[list[int]], params: Any) -> tuple[list[Any], list[int | None]]:
+    """The outputs for prompts that are thrown out, and how many tokens each had then; None if it was not thrown out."""
+    from vllm import SamplingParams
+
+    def preemptions() -> float:
+        return sum(metric.value for metric in llm.get_metrics() if metric.name == METRICS[0])
+
+    cache = llm.llm_engine.vllm_config.cache_config
+    few = SamplingParams(temperature=0, max_tokens=CROWD_TOKENS, ignore_eos=True, detokenize=False)
+    outputs, had = [], []
+    for n, prompt in enumerate(prompts):
+        late = n % 2 if len(prompt) % cache.block_size else 0  # else it needs a block itself, and goes at once
+        lengths = crowd(len(prompt), late, cache.num_gpu_blocks - 1, cache.block_size)
+        served = [*(list(islice(cycle(prompt), length)) for length in lengths), prompt]
+        before = preemptions()
+        given = [{"prompt_token_ids": tokens} for tokens in served]
+        outputs.append(llm.generate(given, [few] * len(lengths) + [params], use_tqdm=False)[-1])
+        had.append(1 + late if preemptions() > before else None)
+    return outputs, had
+
+
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     """In a process of its own: the answers of one mode, and the distributions of their tokens if asked for."""
     from vllm import LLM, SamplingParams
@@ -91,6 +168,7 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     llm = LLM(
         model=job["model"], skip_tokenizer_init=True, dtype=job["precision"], seed=0, kv_cache_dtype=job["dtype"],
         max_model_len=LONGEST, disable_log_stats=False, max_logprobs=max(job["logprobs"] or 0, 20),
+        cudagraph_metrics=job["mode"] in WITH_GRAPHS,
         **options,
         # so many bytes, and no measurement of what is free, so that other engines may start meanwhile
         gpu_memory_utilization=0.05, kv_cache_memory_bytes=4 * 2**30,
@@ -99,18 +177,36 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
     params = SamplingParams(
         temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=job["logprobs"]
     )
-    given = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
-    if options["enable_prefix_caching"]:
-        llm.generate(given, params, use_tqdm=False)  # the second time prefixes are there
-    outputs = [output.outputs[0] for output in llm.generate(given, params, use_tqdm=False)]
+    result: dict[str, Any] = {}
+    if job["mode"] == "preempted":
+        requests, result["preempted_after"] = preempted(llm, job["prompts"], params)
+    else:
+        given = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        if options["enable_prefix_caching"]:
+            llm.generate(given, params, use_tqdm=False)  # the second time prefixes are there
+        requests = llm.generate(given, params, use_tqdm=False)
+    if job["mode"] in WITH_GRAPHS:
+        llm.llm_engine.do_log_stats()  # the steps since it last did
+    outputs = [request.outputs[0] for request in requests]
     metrics = {metric.name: getattr(metric, "value", None) for metric in llm.get_metrics()}
-    return {
+    return result | {
         "tokens": [list(output.token_ids) for output in outputs],
         "distributions": [
             [{str(token): value.logprob for token, value in likeliest.items()} for likeliest in output.logprobs or ()]
             for output in outputs
         ],
         "metrics": {name: metrics.get(name) for name in METRICS},
+    }
+
+
+def told(log: str) -> dict[str, Any]:
+    """What an engine's log says: layers that are compressed, of how many, and its steps by the kind of CUDA graph."""
+    layers, steps = LAYERS.search(log), Counter[str]()
+    for kind, count in STEPS.findall(log):
+        steps[kind] += int(count)
+    return {
+        "compressed_layers": [int(number) for number in layers.groups()] if layers else None,
+        "steps_by_graph": dict(steps) or None,
     }
 
 
@@ -149,10 +245,45 @@ def interval(values: list[float], comparisons: int = 1, draws: int = 10_000) -> 
     return means[outside], means[-1 - outside]
 
 
-def _unmet(mode: str, its: dict[str, Any]) -> str:
-    """A warning if a mode did not meet what it is there for, which its figures cannot show."""
-    needed = {"preempted": METRICS[0], "n-grams": METRICS[1], "prefix hits": METRICS[2]}.get(mode)
-    return f"  BUT {needed} is {its['metrics'][needed]}" if needed and not its["metrics"].get(needed) else ""
+def spread(further: list[float]) -> dict[str, float]:
+    """Of the prompts' differences: what one prompt cannot decide."""
+    return {
+        "further_median": statistics.median(further),
+        "further_share": statistics.fmean(value > 0 for value in further),
+        "equal_share": statistics.fmean(value == 0 for value in further),
+    }
+
+
+def _facts(its: dict[str, Any]) -> dict[str, Any]:
+    """What goes into a mode's row beside the comparison."""
+    return its["metrics"] | {
+        key: its[key] for key in ("preempted_after", "compressed_layers", "steps_by_graph") if its.get(key) is not None
+    }
+
+
+def _met(mode: str, its: dict[str, Any], positions: list[int] | None = None) -> str:
+    """What a mode met, and a warning if it did not meet what it is there for, which its figures cannot show."""
+    metrics, layers, steps = its["metrics"], its.get("compressed_layers"), its.get("steps_by_graph") or {}
+    met = [f"{metrics[name]:.0f} {what}" for name, what in MET.items() if metrics.get(name)]
+    had = its.get("preempted_after") or []
+    if positions and any(had):
+        behind = sum(max(count - tokens, 0) for count, tokens in zip(positions, had, strict=True) if tokens)
+        met.append(f"{behind} scored positions come after them")
+    if mode in WITH_GRAPHS and steps:
+        met.append(f"{steps.get('FULL', 0)} of {sum(steps.values())} steps in full graphs")
+    if mode == SKIPPED and layers:
+        met.append(f"{layers[0]} of {layers[1]} layers compressed")
+    missing = []
+    needed = {"preempted": METRICS[0], "n-grams": METRICS[1], "n-grams, graphs": METRICS[1], "prefix hits": METRICS[2]}
+    if (name := needed.get(mode)) and not metrics.get(name):
+        missing.append(f"{name} is {metrics.get(name)}")
+    elif None in had:
+        missing.append(f"{had.count(None)} prompts were not preempted")
+    if mode in WITH_GRAPHS and not steps.get("FULL"):
+        missing.append("no step was in a full graph" if steps else "the engine does not tell of graphs")
+    if mode == SKIPPED and (not layers or layers[0] == layers[1]):
+        missing.append("all layers are compressed" if layers else "the engine does not tell how many are compressed")
+    return "".join(f"; {fact}" for fact in met) + "".join(f"  BUT {reason}" for reason in missing)
 
 
 def compare_answers(answers: dict[str, dict[str, Any]], new: int) -> list[dict[str, Any]]:
@@ -165,11 +296,12 @@ def compare_answers(answers: dict[str, dict[str, Any]], new: int) -> list[dict[s
             continue
         same = agreement(answers[other]["tokens"], its["tokens"])
         row = {"mode": mode, "compared_with": other, "equal": sum(n == new for n in same), "of": len(same)}
-        row["same_tokens"] = same
-        rows.append(row | its["metrics"])
+        row |= {"same_tokens": same, "has_to_be_equal": mode not in ON_TWO}
+        rows.append(row | _facts(its))
         print(
             f"{mode:>21}: {row['equal']} of {len(same)} answers are those of {other!r}, equal for "
-            f"{statistics.fmean(same):.1f} tokens{_unmet(mode, its)}"
+            f"{statistics.fmean(same):.1f} tokens{_met(mode, its)}"
+            f"{'; they need not be, as sums run in another order' if mode in ON_TWO else ''}"
         )
     return rows
 
@@ -178,21 +310,32 @@ def compare_divergences(exact: dict[str, Any], answers: dict[str, dict[str, Any]
     """A row of every mode: how far from the exact cache, and how much further than the first."""
     rows = []
     new = len(exact["tokens"][0])
-    agree = zip(*(agreement(exact["tokens"], its["tokens"]) for its in answers.values()), strict=True)
-    positions = [min(*counts, new - 1) + 1 for counts in agree]
-    first = divergences(exact, answers[FIRST], positions)
-    print(f"{sum(positions)} positions of {len(positions)} prompts")
+    same = {mode: agreement(exact["tokens"], its["tokens"]) for mode, its in answers.items()}
+    compared = [mode for mode in answers if mode != SKIPPED]  # the other function has no say in what is scored
+    shared = [min(*counts, new - 1) + 1 for counts in zip(*(same[mode] for mode in compared), strict=True)]
+    first = divergences(exact, answers[FIRST], shared)
+    print(
+        f"{sum(shared)} positions of {len(shared)} prompts are scored: {min(shared)} to {max(shared)} of a prompt, "
+        f"median {statistics.median(shared):g}"
+    )
     for mode, its in answers.items():
+        positions = shared if mode in compared else [min(a, b + 1) for a, b in zip(shared, same[mode], strict=True)]
         values = divergences(exact, its, positions)
-        further = [x - y for x, y in zip(values, first, strict=True)]
         kl, between = statistics.fmean(values), interval(values)
-        more, (low, high) = statistics.fmean(further), interval(further, max(len(answers) - 1, 1))
-        row = {"mode": mode, "kl": kl, "kl_interval": between, "further": more, "further_interval": (low, high)}
-        rows.append(row | {"kl_of_prompts": values, "positions": positions} | its["metrics"])
-        print(
-            f"{mode:>21}: KL {kl:.5f} [{between[0]:.5f}, {between[1]:.5f}], further than {FIRST} by {more:+.5f} "
-            f"[{low:+.5f}, {high:+.5f}]{'' if low <= 0 <= high else '  DIFFERS'}{_unmet(mode, its)}"
-        )
+        row = {"mode": mode, "kl": kl, "kl_interval": between, "scored": sum(positions)}
+        text = f"KL {kl:.5f} [{between[0]:.5f}, {between[1]:.5f}] at {sum(positions)} positions"
+        if mode in compared:
+            further = [x - y for x, y in zip(values, first, strict=True)]
+            more, (low, high) = statistics.fmean(further), interval(further, max(len(compared) - 1, 1))
+            row |= {"further": more, "further_interval": (low, high)} | spread(further)
+            if mode != FIRST:
+                text += (
+                    f", further than {FIRST} by {more:+.5f} [{low:+.5f}, {high:+.5f}], median "
+                    f"{row['further_median']:+.5f}, in {row['further_share']:.0%} of prompts (equal in "
+                    f"{row['equal_share']:.0%}){'' if low <= 0 <= high else '  DIFFERS'}"
+                )
+        rows.append(row | {"kl_of_prompts": values, "positions": positions} | _facts(its))
+        print(f"{mode:>21}: {text}{_met(mode, its, positions)}")
     return rows
 
 
@@ -204,16 +347,43 @@ def serve(job: dict[str, Any], scratch: Path, number: int, gpus: int) -> dict[st
     name = f"{job['dtype']} {job['mode']}".replace(" ", "-")
     given, result = scratch / f"{name}.json", scratch / f"{name}.answers.json"
     given.write_text(json.dumps(job))
-    env = {"VLLM_LOGGING_LEVEL": "WARNING"} | os.environ | ({} if job["default"] else {"VLLM_BATCH_INVARIANT": "1"})
-    if gpus > 1 and "tensor_parallel_size" not in MODES[job["mode"]]:
+    env = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"} | ENVIRONMENT.get(job["mode"], {})
+    if not job["default"]:
+        env["VLLM_BATCH_INVARIANT"] = "1"
+    if gpus > 1 and job["mode"] not in ON_TWO:
         env["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
     command = [sys.executable, __file__, "--text", "-", "--job", str(given), "--result", str(result)]
-    if subprocess.run(command, check=False, env=env).returncode:
-        print(f"{name} failed, see above", file=sys.stderr, flush=True)
+    log = []
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.append(line)
+            if WARNING.search(line):
+                print(f"{name}: {line}", end="", file=sys.stderr, flush=True)
+    if process.returncode:
+        print(f"{name} failed:\n{''.join(log[-100:])}", file=sys.stderr, flush=True)
         return None
     print(f"{name} is done", file=sys.stderr, flush=True)
     loaded: dict[str, Any] = json.loads(result.read_text())
-    return loaded
+    return loaded | told("".join(log))
+
+
+def chosen(asked: list[str] | None, default: bool, gpus: int) -> list[str]:
+    """The modes to serve, with those that they are compared with; ends the program if one cannot be served."""
+    if asked is None:
+        asked = [mode for mode in MODES if mode not in ON_TWO and (default or mode not in NOT_INVARIANT)]
+    if SKIPPED in asked and not default:
+        sys.exit(f"mode {SKIPPED!r} is another function, whose answers equal no other's: add --default")
+    if gpus < GPUS and (many := [mode for mode in asked if mode in ON_TWO]):
+        sys.exit(f"mode {many[0]!r} needs {GPUS} GPUs, and torch finds {gpus}; leave it out with --modes")
+    modes = list(dict.fromkeys([FIRST, *asked]))
+    if not default:  # where all are compared with the first
+        for mode in modes:  # and those that are appended meanwhile
+            if (other := COMPARED_WITH.get(mode, FIRST)) not in modes:
+                modes.append(other)
+    return modes
 
 
 def main() -> None:
@@ -226,7 +396,11 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=6000, help="tokens of the longest prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
     parser.add_argument(
-        "--modes", nargs="+", choices=list(MODES), default=[m for m in MODES if m != "2 GPUs"], help="(all on one GPU)"
+        "--modes",
+        nargs="+",
+        choices=list(MODES),
+        metavar="MODE",
+        help=f"of {', '.join(map(shlex.quote, MODES))} (all on one GPU)",
     )
     parser.add_argument("--default", action="store_true", help="neither chunk=packed nor VLLM_BATCH_INVARIANT: KL")
     parser.add_argument("--logprobs", type=int, default=64, help="likeliest tokens, with --default")
@@ -245,20 +419,19 @@ def main() -> None:
         sys.exit(
             f"{args.model} has no config.json; --model names the directory of a model, or leave it out for SmolLM2"
         )
+    import torch
+
+    gpus = torch.cuda.device_count()
+    modes = chosen(args.modes, args.default, gpus)
     folder = Path(args.model) if args.model else smollm2_folder(lambda text: print(text, file=sys.stderr))
     prompts = prompts_of(args.text.read_text(encoding="utf-8"), folder, args.prompts, args.longest)
     job = {
         "prompts": prompts, "new": args.new, "default": args.default,
         "logprobs": args.logprobs if args.default else None, "precision": args.precision,
     }  # fmt: skip
-    modes = list(dict.fromkeys([FIRST, *args.modes]))
-    modes += [other for mode, other in COMPARED_WITH.items() if mode in modes and other not in modes]
     wanted = [("auto", FIRST)] * args.default + [(args.dtype, mode) for mode in modes]
-    import torch
-
-    gpus = torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(args.jobs) as pool:
-        served = with_whole_heads(folder, Path(scratch, "model"), GPUS) if "2 GPUs" in modes else folder
+        served = with_whole_heads(folder, Path(scratch, "model"), GPUS) if not {*ON_TWO}.isdisjoint(modes) else folder
         job["model"] = str(served)
         started = {
             pool.submit(serve, job | {"dtype": dtype, "mode": mode}, Path(scratch), number, gpus): (dtype, mode)

@@ -9,7 +9,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,194 @@ def test_divergences_end_with_the_first_token_that_differs() -> None:
     assert rows[1]["further"] == pytest.approx(0.75 * want)
     wide, narrow = answers.interval([0.0, 1.0] * 50, comparisons=8), answers.interval([0.0, 1.0] * 50)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_a_difference_has_more_than_a_mean() -> None:
+    assert script("vllm_answers").spread([0.0, -1.0, 2.0, 90.0, 0.0]) == {
+        "further_median": 0, "further_share": 0.4, "equal_share": 0.4,
+    }  # fmt: skip
+
+
+def test_what_is_scored_and_what_modes_met_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = script("vllm_answers")
+    p, q = {"1": math.log(0.5), "2": math.log(0.3)}, {"1": math.log(0.25), "2": math.log(0.6)}
+    exact: dict[str, Any] = {"tokens": [[1, 2, 3, 4], [5, 6, 7, 8]], "distributions": [[p] * 4, [p] * 4]}
+    batched = exact | {"metrics": {}, "distributions": [[p] * 4, [q] * 4]}
+    preempted = batched | {
+        "distributions": [[q] * 4, [q] * 4], "preempted_after": [1, 2], "metrics": {"vllm:num_preemptions": 2},
+        "tokens": [[1, 2, 3, 4], [5, 6, 9, 8]],
+    }  # fmt: skip
+    skipped = batched | {"tokens": [[9, 2, 3, 4], [5, 6, 7, 8]], "compressed_layers": [28, 30]}
+    made = {"batched": batched, "preempted": preempted, "skipped layers": skipped}
+    rows = answers.compare_divergences(exact, made)
+    assert [row["positions"] for row in rows] == [[4, 3], [4, 3], [1, 3]], "skipped layers shorten their own alone"
+    assert [row["scored"] for row in rows] == [7, 7, 4]
+    assert rows[1]["further"] == pytest.approx(rows[1]["further_median"])
+    assert (rows[1]["further_share"], rows[1]["equal_share"]) == (0.5, 0.5)
+    assert rows[1]["preempted_after"] == [1, 2]
+    assert "further" not in rows[2]
+    assert rows[2]["compressed_layers"] == [28, 30]
+    text = capsys.readouterr().out
+    assert "7 positions of 2 prompts are scored: 3 to 4 of a prompt, median 3.5" in text
+    assert "in 50% of prompts (equal in 50%); 2 preemptions; 4 scored positions come after them\n" in text
+    last = text.splitlines()[-1]
+    assert last.endswith("at 4 positions; 28 of 30 layers compressed")
+    assert "BUT" not in text
+    answers.compare_divergences(exact, made | {"skipped layers": skipped | {"compressed_layers": [30, 30]}})
+    assert "BUT all layers are compressed" in capsys.readouterr().out
+    answers.compare_divergences(exact, made | {"skipped layers": skipped | {"compressed_layers": None}})
+    assert "BUT the engine does not tell how many are compressed" in capsys.readouterr().out
+
+
+def test_a_mode_that_did_not_meet_its_case_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    answers = script("vllm_answers")
+    its = {"tokens": [[1, 2], [3, 4]], "metrics": {"vllm:num_preemptions": 1, "vllm:prefix_cache_hits": 0}}
+    made = {
+        "batched": its,
+        "preempted": its | {"preempted_after": [1, None]},
+        "prefix hits": its,
+        "n-grams": its,
+        "graphs": its | {"steps_by_graph": {"NONE": 3}},
+        "n-grams, graphs": its | {"steps_by_graph": {"NONE": 3, "FULL": 5}},
+        "compiled, with graphs": its,
+        "compiled": its,
+        "2 GPUs": its | {"tokens": [[1, 2], [3, 9]]},
+    }
+    rows = answers.compare_answers(made, 2)
+    assert [row["mode"] for row in rows if not row["has_to_be_equal"]] == ["2 GPUs"]
+    said = {line.split(":")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert said["batched"].endswith("equal for 2.0 tokens; 1 preemptions")
+    assert said["preempted"].endswith("; 1 preemptions  BUT 1 prompts were not preempted")
+    assert said["prefix hits"].endswith("  BUT vllm:prefix_cache_hits is 0")
+    assert said["n-grams"].endswith("  BUT vllm:spec_decode_num_accepted_tokens is None")
+    assert said["graphs"].endswith("; 0 of 3 steps in full graphs  BUT no step was in a full graph")
+    assert "; 5 of 8 steps in full graphs  BUT vllm:spec_decode" in said["n-grams, graphs"]
+    assert said["compiled, with graphs"].endswith("  BUT the engine does not tell of graphs")
+    assert "1 of 2 answers are those of 'batched'" in said["2 GPUs"]
+    assert said["2 GPUs"].endswith("they need not be, as sums run in another order")
+
+
+def test_an_engines_log_tells_of_layers_and_graphs() -> None:
+    told = script("vllm_answers").told
+    assert told("nothing of the kind") == {"compressed_layers": None, "steps_by_graph": None}
+    row = "(EngineCore pid=9) INFO 11-29 16:05:36 [loggers.py:271] | {} | {} | 0            | {}         | {} |\n"
+    log = "INFO kvfold compresses 28 of 30 layers to k4v4; 2 stay as they are\n"
+    log += row.format("Unpadded Tokens", "Padded Tokens", "Runtime Mode", "Count")
+    log += row.format("4              ", 8, "FULL", 7) + row.format(16, 16, "FULL", 2) + row.format(900, 900, "NONE", 1)
+    assert told(log) == {"compressed_layers": [28, 30], "steps_by_graph": {"FULL": 9, "NONE": 1}}
+
+
+class Engine:
+    """vLLM's scheduler, as far as blocks go: first come, first served, and who came last is thrown out."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks, self.preemptions, self.most = blocks, 0, 0
+        self.had: list[tuple[int, int]] = []  # who was thrown out, and after how many tokens
+        cache = SimpleNamespace(block_size=64, num_gpu_blocks=blocks)
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
+
+    def get_metrics(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name="vllm:num_preemptions", value=self.preemptions), SimpleNamespace(name="other")]
+
+    def generate(self, given: list[dict[str, list[int]]], params: list[int], use_tqdm: bool) -> list[str]:
+        prompts = [len(request["prompt_token_ids"]) for request in given]
+        free, has, new = self.blocks - 1, [0] * len(given), [0] * len(given)
+        waiting, running = list(range(len(given))), list[int]()
+        while waiting or running:
+            thrown_out = False
+            for n in list(running):
+                while n in running and -((prompts[n] + new[n]) // -64) > has[n]:
+                    if free:
+                        has[n], free = has[n] + 1, free - 1
+                        continue
+                    last = running.pop()
+                    free, has[last], thrown_out = free + has[last], 0, True
+                    waiting.insert(0, last)
+                    self.preemptions += 1
+                    self.had.append((last, new[last]))
+            while not thrown_out and waiting and (need := -((prompts[waiting[0]] + new[waiting[0]]) // -64)) <= free:
+                running.append(waiting.pop(0))
+                has[running[-1]], free = need, free - need
+            self.most = max(self.most, len(running))
+            for n in list(running):
+                new[n] += 1
+                if new[n] == params[n]:
+                    running.remove(n)
+                    free, has[n] = free + has[n], 0
+        return [f"output {n}" for n in range(len(given))]
+
+
+def test_each_prompt_is_thrown_out_after_a_token_or_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = script("vllm_answers")
+    vllm = ModuleType("vllm")
+    vllm.SamplingParams = lambda *, max_tokens, **others: max_tokens  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    engine = Engine(answers.MODES["preempted"]["num_gpu_blocks_override"])
+    lengths = [1, 63, 64, 65, 100, 128, 167, 1920, 1921, 6000, answers.LONGEST - 64]
+    outputs, had = answers.preempted(engine, [[7] * length for length in lengths], 32)
+    assert had == [1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1]  # a prompt of whole blocks goes at once
+    crowds = [len(answers.crowd(length, 0, 135, 64)) for length in lengths]
+    assert engine.had == list(zip(crowds, had, strict=True))  # the prompts, which come last, and nobody else
+    assert outputs == [f"output {count}" for count in crowds]
+    assert engine.most == max(crowds) + 1 <= 64
+    largest = max(sum(answers.crowd(length, 0, 135, 64)) + length for length in lengths)
+    assert largest <= answers.MODES["preempted"]["max_num_batched_tokens"]  # all are computed in one step
+    none = Engine(1000)
+    none.llm_engine.vllm_config.cache_config.num_gpu_blocks = 136  # it has more than it says
+    assert answers.preempted(none, [[7] * 100], 32)[1] == [None]
+
+
+def test_modes_that_cannot_be_served_are_refused() -> None:
+    answers = script("vllm_answers")
+    strict, default = answers.chosen(None, False, 1), answers.chosen(None, True, 1)
+    assert default == [mode for mode in answers.MODES if "GPUs" not in mode]
+    assert [mode for mode in default if mode not in strict] == ["n-grams, graphs", "skipped layers"]
+    more = ["batched", "2 GPUs, graphs", "compiled, with graphs", "compiled"]
+    assert answers.chosen(["2 GPUs, graphs"], False, 2) == more
+    assert answers.chosen(["2 GPUs, graphs"], True, 2) == more[:2]
+    with pytest.raises(SystemExit, match=r"'skipped layers' is another function.*: add --default"):
+        answers.chosen(["graphs", "skipped layers"], False, 2)
+    with pytest.raises(SystemExit, match=r"'2 GPUs, graphs' needs 2 GPUs, and torch finds 1"):
+        answers.chosen(["2 GPUs, graphs"], True, 1)
+
+
+ENGINE = """
+import json, os, sys
+job, result = (sys.argv[sys.argv.index(name) + 1] for name in ("--job", "--result"))
+print("INFO kvfold compresses 3 of 6 layers to k4v4")
+print("WARNING of something")
+if json.load(open(job))["mode"] == "graphs":
+    sys.exit("it broke")
+json.dump({"environment": dict(os.environ)}, open(result, "w"))
+"""
+
+
+def test_an_engines_environment_warnings_and_end(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = script("vllm_answers")
+    (tmp_path / "engine.py").write_text(ENGINE)
+    monkeypatch.setattr(answers, "__file__", str(tmp_path / "engine.py"))
+    for name in ("VLLM_BATCH_INVARIANT", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+    def served(mode: str, default: bool) -> Any:
+        return answers.serve({"mode": mode, "dtype": "turboquant", "default": default}, tmp_path, 3, 2)
+
+    strict, many = served("preempted", False), served("2 GPUs, graphs", True)
+    assert strict["compressed_layers"] == [3, 6]
+    env = strict["environment"]
+    assert (env["VLLM_BATCH_INVARIANT"], env["VLLM_ENABLE_V1_MULTIPROCESSING"]) == ("1", "0")
+    assert env["CUDA_VISIBLE_DEVICES"] == "1"
+    assert answers.WITHOUT_MULTICAST.items() <= many["environment"].items()
+    assert not {"VLLM_BATCH_INVARIANT", "CUDA_VISIBLE_DEVICES"} & many["environment"].keys()
+    said = capsys.readouterr().err
+    assert "turboquant-preempted: WARNING of something\n" in said
+    assert "INFO" not in said
+    assert served("graphs", True) is None
+    said = capsys.readouterr().err
+    assert "turboquant-graphs failed:\nINFO" in said
+    assert "it broke" in said
 
 
 def test_compiled_answers_are_compared_among_themselves(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +309,10 @@ def test_caches_are_compared_with_the_first() -> None:
         ("prefill_limits", ["--format", "k9v9"], "unknown format 'k9v9'"),
         ("prefill_limits", ["--format", "k8v8"], "k8v8: the CUDA kernels are built for"),
         ("prefill_limits", ["--json", "nowhere/x.json"], "there is no folder"),
+        ("random_heads", ["--kv-heads", "3", "x"], "3: 8 query heads do not divide by it; it is 1, 2, 4 or 8"),
+        ("random_heads", ["--kv-heads", "0", "x"], "--kv-heads 0: 8 query heads do not divide by it"),
+        ("random_heads", ["--kv-heads", "two", "x"], "invalid int value: 'two'"),
+        ("vllm_answers", ["--text", "a", "--modes", "2 CPUs"], "invalid choice: '2 CPUs'"),
         ("vllm_engine", [], "vLLM is not installed: pip install"),
         ("vllm_answers", ["--text", "nothing.txt"], "vLLM is not installed: pip install"),
         ("vllm_fidelity", ["--text", "a", "--haystack", "b"], "vLLM is not installed: pip install"),
@@ -155,6 +348,10 @@ def test_a_missing_device_folder_text_and_model_are_named(monkeypatch: pytest.Mo
     (tmp_path / "text").write_text("Call me Ishmael.")
     monkeypatch.setattr(sys, "argv", ["vllm_answers.py", "--text", str(tmp_path / "text"), "--model", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"no config\.json; --model"):
+        answers.main()
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--modes", "skipped layers"])
+    with pytest.raises(SystemExit, match=r"'skipped layers' is another function"):
         answers.main()
 
 
@@ -305,10 +502,12 @@ def test_a_model_with_random_heads_is_the_same_each_time(tmp_path: Path) -> None
     (tokenizer / "tokenizer.json").write_text("{}")
     (tokenizer / "model.safetensors").write_text("not of that model")
     write = script("random_heads").write
-    for name in ("one", "two"):
-        write(tmp_path / name, tokenizer, layers=1, vocabulary=512)
+    for name, options in (("one", {}), ("two", {}), ("mqa", {"kv_heads": 1}), ("mha", {"kv_heads": 8})):
+        write(tmp_path / name, tokenizer, layers=1, vocabulary=512, **options)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
     assert len(one) > 2 * 512 * 512
-    assert json.loads((tmp_path / "one" / "config.json").read_text())["head_dim"] == 128
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "mqa", "mha")]
+    assert [config["head_dim"] for config in configs] == [128] * 3
+    assert [config["num_key_value_heads"] for config in configs] == [2, 1, 8]
     assert (tmp_path / "one" / "tokenizer.json").read_text() == "{}"
