@@ -3,6 +3,7 @@
 # ruff: noqa: I001 (the stand-in comes before vLLM)
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib.metadata import distributions
@@ -13,12 +14,13 @@ import pytest
 import torch
 
 import vllm_stand_in as stand_in  # skips where vLLM is not installed
+from vllm.config import KVTransferConfig
 from vllm.config.cache import KV_CACHE_DTYPES, CacheConfig, get_kv_cache_dtype_handler
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec, get_kv_quant_mode
 
-from kvfold.errors import FormatError, NotBuiltError, ShapeError, UnsupportedModelError
+from kvfold.errors import FormatError, NotBuiltError, UnsupportedModelError
 from kvfold.formats import KVFormat
 from kvfold.integrations.vllm import DTYPES, register
 from kvfold.integrations.vllm.backend import (
@@ -275,11 +277,69 @@ def test_a_layer_that_cannot_be_compressed_is_refused(
     assert "--" in reasons or "head" in says or "coordinates" in says or "small" in says, "a way out"
 
 
+@pytest.mark.parametrize("explicit", [None, "turboquant"])
+@pytest.mark.parametrize(
+    ("part", "options", "says"),
+    [
+        ("parallel_config", {"prefill_context_parallel_size": 2}, "context parallelism is not supported; leave "
+         "--prefill-context-parallel-size out"),
+        ("parallel_config", {"decode_context_parallel_size": 2}, "context parallelism is not supported; leave "
+         "--decode-context-parallel-size out"),
+        ("kv_transfer_config", {"kv_connector": "NixlConnector", "kv_role": "kv_both"}, "KV transfer is not supported; "
+         "leave --kv-transfer-config out"),
+        ("speculative_config", {"enable_adaptive_verification": True}, "adaptive verification is not supported; leave "
+         "enable_adaptive_verification out of --speculative-config"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_run_asks_of_every_layer_is_refused(
+    part: str, options: dict[str, Any], says: str, explicit: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # whose import wants the compiled part; vLLM looks there whether a layer is of the model or of a draft model
+    monkeypatch.setitem(sys.modules, "vllm.compilation.backends", SimpleNamespace(model_tag="backbone"))
+    cfg = config("turboquant", explicit)
+    if part == "parallel_config":
+        for name, value in options.items():
+            setattr(cfg.parallel_config, name, value)
+    elif part == "kv_transfer_config":
+        cfg.kv_transfer_config = KVTransferConfig(**options)
+    else:
+        cfg.speculative_config = SimpleNamespace(kv_cache_dtype=None, **options)
+    with pytest.raises(ValueError, match="kvfold: ") as caught:
+        choose(cfg)
+    assert f"kvfold: {says}" in str(caught.value)
+
+
+def test_fast_prefill_of_shared_caches_is_refused() -> None:
+    shares = {"kv_sharing_target_layer_name": "model.layers.0.attn"}
+    with pytest.raises(EngineConfigError, match=r"--kv-sharing-fast-prefill cuts batches on the device.*leave it out"):
+        Engine(config(kv_sharing_fast_prefill=True), layers=({}, shares))
+    assert len(Engine(config(kv_sharing_fast_prefill=True), layers=({}, {})).layers) == 2  # changes nothing there
+
+
+def test_attention_in_chunks_is_refused() -> None:
+    """Llama 4: vLLM asks for a backend as for any layer, and says only with the cache what it is."""
+    with pytest.raises(UnsupportedModelError, match=r"is ChunkedLocalAttentionSpec;.* leave --kv-cache-dtype out"):
+        Engine(config(), layers=({}, {"attention_chunk_size": 128}))
+
+
+def test_attention_in_chunks_cannot_be_skipped() -> None:
+    """vLLM gives a skipped layer of this kind the backend of the run's dtype all the same."""
+    with pytest.raises(UnsupportedModelError, match="leave --kv-cache-dtype out"):
+        Engine(config(kv_cache_dtype_skip_layers=["1"]), layers=({}, {"attention_chunk_size": 128}))
+
+
 def test_ways_out_of_a_backend_that_was_named_do_not_speak_of_a_dtype() -> None:
     with pytest.raises(ValueError, match=r"kvfold: .*; leave --attention-backend out"):
         choose(config("auto", "turboquant"), attn_type="encoder_only")
     with pytest.raises(ValueError, match="use --kv-cache-dtype turboquant instead and leave such layers"):
         choose(config("auto", "turboquant"), has_sliding_window=True)
+
+
+@pytest.mark.parametrize("question", [{"use_mla": True}, {"head_size": 320}], ids=str)
+def test_other_ways_out_of_a_backend_that_was_named(question: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="eave --attention-backend out for this model"):
+        choose(config("auto", "turboquant"), **question)
 
 
 def test_blocks_are_not_handed_to_others() -> None:
@@ -297,10 +357,19 @@ def test_a_draft_models_own_cache_is_its_own() -> None:
 
 
 def test_mla_is_refused() -> None:
-    with pytest.raises(ValueError, match="No valid attention backend"):
-        choose(config("turboquant"), use_mla=True)
-    with pytest.raises(ValueError, match="latent cache of MLA"):
-        choose(config("turboquant", "turboquant"), use_mla=True)
+    """By the dtype alone it is vLLM that refuses: the slot TURBOQUANT is none of MLA's, so kvfold is not asked."""
+    question = {"use_mla": True, "head_size": 576}
+    assert choose(config("auto"), **question).is_mla()
+    with pytest.raises(ValueError, match="No valid attention backend") as caught:
+        choose(config("turboquant"), **question)
+    assert "kv_cache_dtype=turboquant" in str(caught.value)
+    reasons = dict(re.findall(r"(\w+): \[(.*?)\]", str(caught.value).split("Reasons: ")[1]))
+    asked = {name: why for name, why in reasons.items() if "Error: " not in why}  # that can be imported here
+    assert asked.pop("TRITON_MLA") == "kv_cache_dtype not supported"
+    assert asked
+    assert all("kv_cache_dtype not supported" in why for why in asked.values())
+    with pytest.raises(ValueError, match="latent cache of MLA is not compressed; leave --kv-cache-dtype out"):
+        choose(config("turboquant", "turboquant"), **question)
 
 
 def test_small_blocks_and_float32_are_refused() -> None:
@@ -312,7 +381,16 @@ def test_small_blocks_and_float32_are_refused() -> None:
         stand_in.selector.get_attn_backend(128, torch.float32, "turboquant")
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_size", [4, 7])
+def test_the_way_out_of_a_small_head_is_vllms(head_size: int) -> None:
+    with pytest.raises(ValueError, match=f"kvfold: head size {head_size} is too small") as caught:
+        choose(config(), head_size=head_size)
+    reason = str(caught.value).split("kvfold: ")[1]
+    assert "eave --kv-cache-dtype out" in reason
+    assert "f8" not in reason
+
+
+@pytest.mark.parametrize("head_size", [8, 64, 80, 96, 112, 128, 192, 256])
 def test_head_sizes_of_models_are_served(head_size: int) -> None:
     """Upstream #41413: 80, 96 and 112 are no powers of two."""
     for fmt in DTYPES.values():
@@ -419,9 +497,8 @@ def test_blocks_that_vllm_pads_are_refused() -> None:
     """Where the first layer has a window, vLLM counts bytes by that layer's backend, and pads ours."""
     cfg = config(kv_cache_dtype_skip_layers=["sliding_window"])
     window = {"per_layer_sliding_window": 128}
-    engine = Engine(cfg, heads=32, kv_heads=8, head_size=128, block_size=None, num_blocks=8, layers=(window, {}))
-    with pytest.raises(ShapeError, match="vLLM padded its blocks"):
-        as_pages(engine.layers[1].kv_cache, 8, PageLayout.of("k4v4", 128))
+    with pytest.raises(UnsupportedModelError, match=r"vLLM pads the blocks of .* leave --kv-cache-dtype out"):
+        Engine(cfg, heads=32, kv_heads=8, head_size=128, block_size=None, num_blocks=8, layers=(window, {}))
 
 
 # --- formats of single layers -----------------------------------------------------------------------------------------

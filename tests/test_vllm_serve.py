@@ -1,10 +1,11 @@
-"""``vllm serve MODEL --kv-cache-dtype turboquant``, its OpenAI API and ``vllm bench serve``, on the CPU.
+"""``vllm serve MODEL --kv-cache-dtype turboquant``, its OpenAI API, ``vllm bench serve`` and the example, on the CPU.
 
 The model is a small Qwen3 with random weights, whose words are numbers.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -26,6 +27,9 @@ import torch
 
 if find_spec("vllm") is None or find_spec("vllm.config") is None:
     pytest.skip("vLLM is not installed: make test-vllm makes an environment that has it", allow_module_level=True)
+
+from kvfold.modelshape import ModelShape
+from kvfold.planner import plan
 
 pytestmark = pytest.mark.xdist_group("serve")  # one server for all, in one worker
 SCRIPT = Path(__file__).with_name("vllm_cpu_engine.py")
@@ -168,3 +172,17 @@ def test_vllm_bench_serve(server: Server, model: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     assert re.search(r"Successful requests: +5\b", done.stdout)
     assert re.search(r"Total generated tokens: +40\b", done.stdout)
+
+
+def test_the_example_answers(model: Path) -> None:
+    command = [
+        sys.executable, SCRIPT, SCRIPT.parents[1] / "examples" / "vllm_offline.py", "--model", model,
+        "--kv-cache-dtype", "kvfold_k3v3", "--max-tokens", "4",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "kvfold compresses 2 of 2 layers to k3v3; 0 stay as they are" in done.stdout + done.stderr
+    *_, first, second, third, room = done.stdout.splitlines()
+    assert [len(ast.literal_eval(answer).split()) for answer in (first, second, third)] == [4, 4, 4]
+    (row,) = [row for row in plan(ModelShape.uniform(2, 2, 64), 2**22, 64, ["k3v3"]) if str(row.format) == "k3v3"]
+    assert room == f"the cache in kvfold_k3v3 has room for {row.tokens:,} tokens"

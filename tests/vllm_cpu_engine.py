@@ -10,14 +10,18 @@ and prints the answer as JSON on its last line. ``python tests/vllm_cpu_engine.p
     logprobs  how many to return of each token
 
 With arguments of vLLM's own command line it is that: ``python tests/vllm_cpu_engine.py serve MODEL ...``
+Of a program it runs the function ``main``: ``python tests/vllm_cpu_engine.py examples/vllm_offline.py --model MODEL``
 """
 
 # ruff: noqa: E402 (the order of imports is the point)
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import json
 import os
 import sys
+from functools import partial
 from typing import Any
 
 os.environ |= {
@@ -74,31 +78,120 @@ class Operations:
             out[row, : len(tokens)] = tokens
             begin = end
 
+    # for layers that stay uncompressed: keys are the first half of a block, values the other
+
+    @staticmethod
+    def get_scheduler_metadata(*about: Any) -> torch.Tensor:
+        return torch.empty(0)
+
+    @staticmethod
+    def cpu_attn_reshape_and_cache(
+        key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, *_: Any
+    ) -> None:
+        """Caches are ``[blocks, H, block_size, d]``."""
+        used = slots[: len(key)] >= 0
+        at = slots[: len(key)][used]
+        for cache, new in ((keys, key), (values, value)):
+            cache[at // cache.shape[2], :, at % cache.shape[2]] = new[used]
+
+    @staticmethod
+    def cpu_attention_with_kv_cache(
+        query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, output: torch.Tensor, starts: torch.Tensor,
+        lengths: torch.Tensor, scale: float, causal: bool, slopes: None, window: int, table: torch.Tensor,
+        softcap: float, metadata: torch.Tensor, sinks: None, *_: Any,
+    ) -> None:  # fmt: skip
+        """A query sees its own token, and ``window - 1`` before it if that is not -1. Blocks before may be others'."""
+        assert causal
+        assert not softcap
+        assert slopes is sinks is None
+        for row, (begin, end) in enumerate(itertools.pairwise(starts.tolist())):
+            length = int(lengths[row])
+            at = torch.arange(length - (end - begin), length)[:, None]  # of the queries
+            first = max(0, int(at[0]) - window + 1) if window > 0 else 0
+            k, v = (
+                cache[table[row].long()].transpose(1, 2).flatten(0, 1)[first:length].float().repeat_interleave(
+                    query.shape[1] // cache.shape[1], dim=1
+                )
+                for cache in (keys, values)
+            )  # fmt: skip
+            behind = at - torch.arange(first, length)
+            hidden = behind < 0
+            if window > 0:
+                hidden |= behind >= window
+            scores = torch.einsum("qhd,khd->hqk", query[begin:end].float(), k) * scale
+            weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            output[begin:end] = torch.einsum("hqk,khd->qhd", weights, v).to(output.dtype)
+
+    # for layers with a short convolution
+
+    @staticmethod
+    def causal_conv1d_update_cpu_vec(
+        x: torch.Tensor, states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: None,
+        indices: torch.Tensor, *_: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        """A token of each row: ``[B, channels]``, with what went before in ``[blocks, channels, width - 1]``."""
+        window = torch.cat([states[indices.long()], x[:, :, None]], dim=2)
+        states[indices.long()] = window[:, :, 1:]
+        return (window * weight).sum(2) + (0 if bias is None else bias)
+
 
 torch.ops._C = Operations()
 
 import vllm.model_executor.layers.utils
 from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import Platform
 
 
 def choose(cls: type, selected: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
-    """As CUDA's platform asks the slot TURBOQUANT; the CPU's has one backend only."""
+    """As CUDA's platform: the backend that was named, or the first that can; the slot TURBOQUANT is asked last."""
     from vllm.platforms.interface import DeviceCapability
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    slot = AttentionBackendEnum.TURBOQUANT.get_class()
-    reasons = slot.validate_configuration(device_capability=DeviceCapability(9, 0), **attn_selector_config._asdict())
-    if reasons:
-        raise ValueError("; ".join(reasons))
-    return ".".join(slot.full_cls_name())
+    question = attn_selector_config._asdict() | {"device_capability": DeviceCapability(9, 0)}
+    reasons = []
+    for backend in [selected] if selected else [AttentionBackendEnum.CPU_ATTN, AttentionBackendEnum.TURBOQUANT]:
+        one = backend.get_class()
+        against = one.validate_configuration(**question)
+        if not against:
+            return ".".join(one.full_cls_name())
+        reasons.append(f"{backend.name}: {against}")
+    raise ValueError("; ".join(reasons))
 
 
 CpuPlatform.get_attn_backend_cls = classmethod(choose)
+# the CPU's own has one kind of cache only; this is CUDA's
+CpuPlatform.update_block_size_for_backend = classmethod(Platform.update_block_size_for_backend.__func__)
 # where the processor has AMX, small products are the compiled part's
 vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *shape: False
 
 
+# what this machine needs, in every run
+SMALL = {
+    "dtype": "bfloat16", "enforce_eager": True, "compilation_config": {"custom_ops": ["none"], "mode": 0},
+    "max_model_len": 1024, "max_num_seqs": 8, "enable_prefix_caching": False, "block_size": 64,
+    "kv_cache_memory_bytes": 2**22,
+}  # fmt: skip
+
+
+def run(path: str) -> None:
+    """The function ``main`` of a program that makes an ``LLM`` with the options of its own and no others."""
+    import vllm
+
+    vllm.LLM = partial(vllm.LLM, **SMALL)
+    spec = importlib.util.spec_from_file_location("program", path)
+    assert spec is not None
+    assert spec.loader is not None
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    program.missing = lambda: None  # a GPU, it would say
+    sys.argv = sys.argv[1:]
+    program.main()
+
+
 def main() -> None:
+    if sys.argv[1].endswith(".py"):
+        run(sys.argv[1])
+        return
     if not sys.argv[1].startswith("{"):
         from vllm.entrypoints.cli.main import main as command_line
 
@@ -107,14 +200,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     job = json.loads(sys.argv[1])
-    options = {
-        "kv_cache_dtype": "turboquant", "max_model_len": 1024, "max_num_seqs": 8, "enable_prefix_caching": False,
-        "block_size": 64, "kv_cache_memory_bytes": 2**22, "disable_log_stats": False,
-    } | job.get("engine", {})  # fmt: skip
-    llm = LLM(
-        model=job["model"], dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True,
-        compilation_config={"custom_ops": ["none"], "mode": 0}, **options,
-    )  # fmt: skip
+    options = SMALL | {"kv_cache_dtype": "turboquant", "disable_log_stats": False} | job.get("engine", {})
+    llm = LLM(model=job["model"], skip_tokenizer_init=True, **options)
     sampling = SamplingParams(
         temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=job.get("logprobs")
     )

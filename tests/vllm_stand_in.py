@@ -40,7 +40,7 @@ if not torch.cuda.is_available():
 from vllm.config import CacheConfig, VllmConfig, set_current_vllm_config
 from vllm.config.attention import AttentionConfig
 from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
 from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups, get_kv_cache_groups
@@ -110,7 +110,8 @@ class Engine:
     """Attention layers of vLLM with their caches, specs, groups and metadata builders made by vLLM's own functions.
 
     Args:
-        layers: For each layer what :class:`Attention` is given besides the heads.
+        layers: For each layer what :class:`Attention` is given besides the heads; ``attention_chunk_size`` makes it a
+            :class:`ChunkedLocalAttention`.
         block_size: Tokens of the manager's blocks; None for what vLLM chooses.
         num_blocks: Blocks of each layer.
     """
@@ -126,8 +127,8 @@ class Engine:
         cfg.model_config = _Model(dtype, kv_heads, head_size)
         with current(cfg, dtype):
             self.layers = [
-                Attention(
-                    heads, head_size, self.scale, kv_heads, cache_config=cfg.cache_config,
+                (ChunkedLocalAttention if "attention_chunk_size" in options else Attention)(
+                    heads, head_size, self.scale, num_kv_heads=kv_heads, cache_config=cfg.cache_config,
                     prefix=f"model.layers.{i}.attn", **options,
                 )
                 for i, options in enumerate(layers)

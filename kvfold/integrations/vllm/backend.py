@@ -25,10 +25,16 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, KVQuantMode
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+    KVQuantMode,
+)
 
 from kvfold.errors import KVFoldError, UnsupportedModelError
-from kvfold.formats import KVFormat
+from kvfold.formats import MIN_ROTATED_HEAD, KVFormat
 from kvfold.integrations.vllm import DTYPES
 from kvfold.integrations.vllm.settings import EngineConfigError, Settings, is_chosen
 from kvfold.layerformats import ModelFormat
@@ -39,18 +45,29 @@ PAGE_SIZE = 64
 
 NAME = "TURBOQUANT"
 
-_SKIP = "leave such layers uncompressed with --kv-cache-dtype-skip-layers"
 _WAYS_OUT = {
-    "sliding window not supported": f"layers with a sliding window are not compressed; {_SKIP} sliding_window",
-    "attention sinks not supported": f"attention sinks are not supported; {_SKIP} and their indices",
+    "sliding window not supported": "layers with a sliding window are not compressed; {skip} sliding_window",
+    "attention sinks not supported": "attention sinks are not supported; {skip} and their indices",
     "block_size not supported": f"blocks are pages of {PAGE_SIZE} tokens or multiples; leave --block-size out",
     "dtype not supported": "models run in bfloat16 or float16; add --dtype bfloat16",
-    "MLA not supported": "the latent cache of MLA is not compressed; leave --kv-cache-dtype out for this model",
+    "MLA not supported": "the latent cache of MLA is not compressed; {leave}",
     "PCP not supported": "context parallelism is not supported; leave --prefill-context-parallel-size out",
     "KV connector not supported": "KV transfer is not supported; leave --kv-transfer-config out",
-    "device-cpu query lens mismatch not supported": "adaptive verification is not supported; leave it out",
+    "device-cpu query lens mismatch not supported": (
+        "adaptive verification is not supported; leave enable_adaptive_verification out of --speculative-config"
+    ),
     "DCP not supported": "context parallelism is not supported; leave --decode-context-parallel-size out",
 }
+"""By how vLLM's reasons begin; what stands for ``{skip}`` and ``{leave}`` is :func:`ways_out`."""
+
+
+def ways_out(by_name: bool) -> dict[str, str]:
+    """What a user can do: ``skip`` some layers, which names of layers or their indices may follow, or ``leave`` it."""
+    skip = "leave such layers uncompressed with --kv-cache-dtype-skip-layers"
+    if by_name:  # which serves every layer, and has no dtype that could be skipped
+        skip = f"use --kv-cache-dtype turboquant instead and {skip}"
+    option = "--attention-backend" if by_name else "--kv-cache-dtype"
+    return {"skip": skip, "leave": f"leave {option} out for this model"}
 
 
 def original() -> type[AttentionBackend]:
@@ -185,16 +202,16 @@ class CompressedBackend(AttentionBackend):
     @classmethod
     def validate_configuration(cls, *args: Any, **question: Any) -> list[str]:
         reasons = super().validate_configuration(*args, **question)
-        way_out = f"leave {'--attention-backend' if cls.by_name else '--kv-cache-dtype'} out for this model"
-        reasons = [_WAYS_OUT.get(reason, f"{reason}; {way_out}") for reason in reasons]
-        if cls.by_name:  # which serves every layer, and has no dtype that could be skipped
-            other = f"use --kv-cache-dtype turboquant instead and {_SKIP}"
-            reasons = [reason.replace(_SKIP, other) for reason in reasons]
+        ways = ways_out(cls.by_name)
+        texts = []
+        for reason in reasons:
+            known = next((text for begin, text in _WAYS_OUT.items() if reason.startswith(begin)), None)
+            texts.append(f"{reason}; {ways['leave']}" if known is None else known.format(**ways))
         head_size = question.get("head_size")
         if head_size is not None and not question.get("use_mla"):
             answers = (why_not_served(fmt, head_size) for fmt in cls.formats.formats)
-            reasons += [reason for reason in dict.fromkeys(answers) if reason is not None]
-        return [f"kvfold: {reason}" for reason in reasons]
+            texts += [f"{reason}; {ways['leave']}" for reason in dict.fromkeys(answers) if reason is not None]
+        return [f"kvfold: {text}" for text in texts]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -208,9 +225,11 @@ class CompressedBackend(AttentionBackend):
         if not cls.by_name and spec.kv_quant_mode == KVQuantMode.NONE:
             return spec  # vLLM asks what a skipped layer would take
         if type(spec) is not FullAttentionSpec:
+            ways = ways_out(cls.by_name)
+            skip = "" if isinstance(spec, ChunkedLocalAttentionSpec) else f"{ways['skip']}, or "  # vLLM skips none
             raise UnsupportedModelError(
                 f"kvfold compresses layers that see every token, and this one's cache is {type(spec).__name__}; "
-                f"{_SKIP}, or leave --kv-cache-dtype out for this model"
+                f"{skip}{ways['leave']}"
             )
         layout = PageLayout.of(cls.format, spec.head_size, spec.head_size_v, PAGE_SIZE)
         return replace(
@@ -257,6 +276,8 @@ def class_of_model(fmt: ModelFormat, by_name: bool = False) -> type[CompressedBa
 @lru_cache(maxsize=256)
 def why_not_served(fmt: KVFormat, head_size: int) -> str | None:
     """Why no kernel for GPUs serves a format at a head size, None if one does."""
+    if head_size < MIN_ROTATED_HEAD:
+        return f"head size {head_size} is too small to be rotated, which takes {MIN_ROTATED_HEAD} coordinates"
     try:
         layout = PageLayout.of(fmt, head_size, page_size=PAGE_SIZE)
     except KVFoldError as error:
@@ -270,4 +291,4 @@ def why_not_served(fmt: KVFormat, head_size: int) -> str | None:
         if reason is None:
             return None
         reasons.append(reason)
-    return f"{'; '.join(reasons)}. Leave --kv-cache-dtype out for this model"
+    return "; ".join(reasons)

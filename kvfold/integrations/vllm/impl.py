@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_q
 
 from kvfold import ops
 from kvfold.errors import ShapeError, UnsupportedModelError
-from kvfold.integrations.vllm.backend import PAGE_SIZE, class_of
+from kvfold.integrations.vllm.backend import PAGE_SIZE, class_of, ways_out
 from kvfold.integrations.vllm.metadata import Metadata
 from kvfold.integrations.vllm.settings import EngineConfigError, Settings
 from kvfold.layerformats import ModelFormat
@@ -55,18 +55,30 @@ class CompressedImpl(AttentionImpl[Metadata]):
         kv_sharing_target_layer_name: str | None = None,
         **extra: Any,
     ) -> None:
-        _refuse(alibi_slopes is not None, "ALiBi adds to the scores, which the kernels do not")
-        _refuse(sliding_window is not None, "a sliding window is not compressed")
-        _refuse(attn_type != AttentionType.DECODER, f"attention of type {attn_type} is not causal")
-        asked = [name for name, value in extra.items() if value is not None and value is not False and value != -1]
-        _refuse(bool(asked), f"kvfold's attention knows nothing of {', '.join(asked)}")
         config = get_current_vllm_config()
         settings = Settings.of(config)
+        asked = [name for name, value in extra.items() if value is not None and value is not False and value != -1]
+        for unsupported, reason in (
+            (alibi_slopes is not None, "ALiBi adds to the scores, which the kernels do not"),
+            (sliding_window is not None, "a sliding window is not compressed"),
+            (attn_type != AttentionType.DECODER, f"attention of type {attn_type} is not causal"),
+            (bool(asked), f"kvfold's attention knows nothing of {', '.join(asked)}"),
+        ):
+            if unsupported:
+                ways = ways_out(self.made_for[1])
+                raise UnsupportedModelError(
+                    f"{reason}: {ways['skip']} and their indices (or sliding_window), or {ways['leave']}"
+                )
         if settings is None or (settings.format, settings.by_name) != self.made_for:
             raise EngineConfigError(
                 f"vLLM remembers, for the life of a process, which backend serves a cache dtype, and an engine of this "
                 f"one had its cache in {self.made_for[0]}: start each engine in a process of its own, or name formats "
                 "by their dtypes (kvfold_k3v3)"
+            )
+        if kv_cache_dtype == "auto" and not settings.by_name:
+            raise UnsupportedModelError(
+                "vLLM gives a layer of this kind (attention in chunks) the backend of the run's cache dtype even if it "
+                f"is skipped: {ways_out(False)['leave']}"
             )
         self.num_heads = num_heads
         self.head_size = head_size
@@ -252,15 +264,7 @@ def as_pages(kv_cache: torch.Tensor, heads: int, layout: PageLayout) -> torch.Te
     if not kv_cache.is_contiguous() or kv_cache.dim() != 4 or kv_cache.shape[3] != layout.token_bytes:
         raise ShapeError(
             f"kvfold's pages lie one after the other, and this cache is {list(kv_cache.shape)} with strides "
-            f"{list(kv_cache.stride())}: vLLM padded its blocks, or put other layers' between them. Set "
-            "VLLM_KV_CACHE_LAYOUT=LBHNC, or leave --kv-cache-dtype out for this model"
+            f"{list(kv_cache.stride())}: vLLM padded its blocks, or put other layers' between them. Leave "
+            "--kv-cache-dtype out for this model"
         )
     return kv_cache.view(-1, heads, layout.page_bytes)
-
-
-def _refuse(unsupported: bool, reason: str) -> None:
-    if unsupported:
-        raise UnsupportedModelError(
-            f"{reason}: leave such layers uncompressed with --kv-cache-dtype-skip-layers and their indices "
-            "(or sliding_window), or leave --kv-cache-dtype out for this model"
-        )

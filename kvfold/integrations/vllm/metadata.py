@@ -120,6 +120,13 @@ class MetadataBuilder(AttentionMetadataBuilder[Metadata]):
         device: torch.device,
         block_table_width: int | None = None,
     ) -> None:
+        padded, size = getattr(kv_cache_spec, "page_size_padded", None), kv_cache_spec.real_page_size_bytes
+        if padded not in (None, size):
+            raise UnsupportedModelError(
+                f"vLLM pads the blocks of {layer_names[0]} from {size} to {padded} bytes, as large as other layers', "
+                "and kvfold's pages lie one after the other: use one format for all layers and skip none, or leave "
+                "--kv-cache-dtype out for this model"
+            )
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.by_token = _by_token(vllm_config)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=not self.by_token)
