@@ -83,6 +83,21 @@ def test_batch_invariance_makes_every_token_a_row(block_size: int, monkeypatch: 
     assert support(cfg, None) == AttentionCGSupport.UNIFORM_BATCH
 
 
+def test_tokens_of_a_prompt_share_its_row_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each of them is a row: a table with a row for each takes 128 MiB for 16,384 at a length of 131,072."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    engine = Engine(config(additional=PACKED))
+    a, b, c, d = (engine.add() for _ in range(4))
+    (batch,) = engine.step([(a, 70, 1), (b, 7, 1), (c, 0, 9), (d, 64, 3)])[0].values()
+    rows = [(its.begin, its.end, its.query_len, its.seq_lens.tolist()) for its in batch.decodes]
+    assert rows == [(0, 2, 1, [71, 8]), (2, 11, 1, [*range(1, 10)]), (11, 14, 1, [65, 66, 67])]
+    assert not batch.chunks
+    plain, *shared = (its.block_table for its in batch.decodes)
+    assert plain.shape == (2, shared[0].shape[1])
+    assert all(table.stride(0) == 0 for table in shared)
+    assert len({its.block_table.untyped_storage().data_ptr() for its in batch.decodes}) == 1
+
+
 def test_a_short_request_goes_on_beside_first_chunks(additional: dict[str, Any]) -> None:
     """Upstream #46460: the longest row begins, so that max_query_len == max_seq_len, and the other has a prefix."""
     served = Served(Engine(config(additional=additional)))
