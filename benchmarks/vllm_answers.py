@@ -99,6 +99,7 @@ ENVIRONMENT = {
     **dict.fromkeys(ON_TWO, WITHOUT_MULTICAST),
 }
 LONGEST = 8192
+CACHE_BYTES = 4 * 2**30
 CROWD_TOKENS = 6
 """That the others of a crowd generate."""
 CROWD_BLOCKS = 16
@@ -171,13 +172,16 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         cudagraph_metrics=job["mode"] in WITH_GRAPHS,
         **options,
         # so many bytes, and no measurement of what is free, so that other engines may start meanwhile
-        gpu_memory_utilization=0.05, kv_cache_memory_bytes=4 * 2**30,
+        gpu_memory_utilization=0.05, kv_cache_memory_bytes=CACHE_BYTES,
         additional_config={"turboquant": {"chunk": "packed"}} if ours and not job["default"] else {},
     )  # fmt: skip
     params = SamplingParams(
         temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=job["logprobs"]
     )
     result: dict[str, Any] = {}
+    if ours and job["mode"] == FIRST:
+        cache = llm.llm_engine.vllm_config.cache_config
+        result["room"] = [cache.kv_cache_size_tokens, planned(job["model"], job["dtype"])]
     if job["mode"] == "preempted":
         requests, result["preempted_after"] = preempted(llm, job["prompts"], params)
     else:
@@ -197,6 +201,17 @@ def answer(job: dict[str, Any]) -> dict[str, Any]:
         ],
         "metrics": {name: metrics.get(name) for name in METRICS},
     }
+
+
+def planned(model: str, dtype: str) -> int:
+    """Tokens that fit the cache by kvfold's planner."""
+    from kvfold.integrations.vllm import DTYPES
+    from kvfold.layerformats import ModelFormat
+    from kvfold.modelconfig import read_shape
+    from kvfold.planner import plan
+
+    fmt = ModelFormat.parse(DTYPES[dtype])
+    return next(row.tokens for row in plan(read_shape(model), CACHE_BYTES, 64, [fmt]) if row.format == fmt)
 
 
 def told(log: str) -> dict[str, Any]:
@@ -257,7 +272,9 @@ def spread(further: list[float]) -> dict[str, float]:
 def _facts(its: dict[str, Any]) -> dict[str, Any]:
     """What goes into a mode's row beside the comparison."""
     return its["metrics"] | {
-        key: its[key] for key in ("preempted_after", "compressed_layers", "steps_by_graph") if its.get(key) is not None
+        key: its[key]
+        for key in ("room", "preempted_after", "compressed_layers", "steps_by_graph")
+        if its.get(key) is not None
     }
 
 
@@ -274,6 +291,10 @@ def _met(mode: str, its: dict[str, Any], positions: list[int] | None = None) -> 
     if mode == SKIPPED and layers:
         met.append(f"{layers[0]} of {layers[1]} layers compressed")
     missing = []
+    if room := its.get("room"):
+        met.append(f"room for {room[0]:,} tokens")
+        if room[0] != room[1]:
+            missing.append(f"the planner says {room[1]:,}")
     needed = {"preempted": METRICS[0], "n-grams": METRICS[1], "n-grams, graphs": METRICS[1], "prefix hits": METRICS[2]}
     if (name := needed.get(mode)) and not metrics.get(name):
         missing.append(f"{name} is {metrics.get(name)}")

@@ -99,11 +99,13 @@ def test_what_is_scored_and_what_modes_met_is_told(capsys: pytest.CaptureFixture
     assert "BUT the engine does not tell how many are compressed" in capsys.readouterr().out
 
 
-def test_a_mode_that_did_not_meet_its_case_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    answers = script("vllm_answers")
+def test_a_mode_that_did_not_meet_its_case_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    answers, tiny_config = script("vllm_answers"), tmp_path / "config.json"
+    shape = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    tiny_config.write_text(json.dumps({"model_type": "llama", "hidden_size": 256, **shape}))
     its = {"tokens": [[1, 2], [3, 4]], "metrics": {"vllm:num_preemptions": 1, "vllm:prefix_cache_hits": 0}}
     made = {
-        "batched": its,
+        "batched": its | {"room": [640, 704]},
         "preempted": its | {"preempted_after": [1, None]},
         "prefix hits": its,
         "n-grams": its,
@@ -116,7 +118,8 @@ def test_a_mode_that_did_not_meet_its_case_says_so(capsys: pytest.CaptureFixture
     rows = answers.compare_answers(made, 2)
     assert [row["mode"] for row in rows if not row["has_to_be_equal"]] == ["2 GPUs"]
     said = {line.split(":")[0].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert said["batched"].endswith("equal for 2.0 tokens; 1 preemptions")
+    assert said["batched"].endswith("2.0 tokens; 1 preemptions; room for 640 tokens  BUT the planner says 704")
+    assert answers.planned(str(tiny_config), "turboquant") == 4 * 2**30 // (64 * 2 * 3 * (64 // 2 + 64 // 2 + 4)) * 64
     assert said["preempted"].endswith("; 1 preemptions  BUT 1 prompts were not preempted")
     assert said["prefix hits"].endswith("  BUT vllm:prefix_cache_hits is 0")
     assert said["n-grams"].endswith("  BUT vllm:spec_decode_num_accepted_tokens is None")
