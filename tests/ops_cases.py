@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kvfold.formats import TILE
 from kvfold.layout import PageLayout
@@ -240,3 +245,48 @@ def assert_close(got: State, want: Expected) -> None:
 def _compare(error: torch.Tensor, plain: torch.Tensor, rounding: torch.Tensor, name: str) -> None:
     allowed = 4 * plain.norm() + rounding.norm()
     assert error.norm() <= allowed, f"error of {name} {error.norm():.3g}, allowed {allowed:.3g}"
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors have at a time which are made inside, as far as they are not freed again.
+
+    Attributes:
+        most: So many.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = self._live = 0
+        self._seen: set[int] = set()
+        self._counts = True
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """For what stands for a library's kernel, and takes what that would not."""
+        self._counts = False
+        try:
+            yield
+        finally:
+            self._counts = True
+
+    def _freed(self, key: int, size: int) -> None:
+        self._live -= size
+        self._seen.discard(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def storages(tree: Any) -> list[Any]:
+            return [x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in storages(result) if self._counts else ():
+            key, size = storage._cdata, storage.nbytes()
+            if key not in given and key not in self._seen:
+                self._seen.add(key)
+                self._live += size
+                self.most = max(self.most, self._live)
+                weakref.finalize(storage, self._freed, key, size)
+        return result

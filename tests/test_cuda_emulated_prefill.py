@@ -21,7 +21,7 @@ import torch
 from cuda_cases import BF16, F16, TOLERANCE, same
 from emulator import EmulatedDevice, emulated_device
 from emulator.device import EmulatedKernel
-from ops_cases import empty_cache, expected, fill, make_cache, noise, sees
+from ops_cases import Peak, empty_cache, expected, fill, make_cache, noise, sees
 
 from kvfold import ops
 from kvfold.errors import FormatError
@@ -171,6 +171,33 @@ def test_a_chunk_is_cut_as_its_prefix(budget: int, device: EmulatedDevice, monke
     assert error.max() < 2 * TOLERANCE[BF16]
     assert (lse - want.truth[1]).abs().max() < 5e-3
     assert not any(name == "decode" for name, _ in device.launches)
+
+
+@pytest.mark.parametrize("chunk", ["exact", "packed"])
+def test_what_a_prefill_takes_is_bounded(chunk: str, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashAttention-3: windows, rotated queries and partial results, whatever chunk and prefix are."""
+    peak = Peak()
+
+    def attend(**named: Any) -> tuple[torch.Tensor, ...]:
+        with peak.uncounted():
+            results = flash_attn_varlen_func(**named)
+        return tuple(x.clone() for x in results)
+
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(attend))
+    rooms = {"WINDOW_BYTES": 400 * 512, "_QUERY_BYTES": 256 * 4 * 256, "_RESULT_BYTES": 256 * 4 * 256}
+    for name, room in rooms.items():
+        monkeypatch.setattr(prefill, name, room)
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (700,), heads=2)
+    q, k, v = (noise(600, count, 128, seed=seed).to(BF16) for seed, count in enumerate((4, 2, 2)))
+    own = {"k": k, "v": v} if chunk == "exact" else {}
+    with dense.engine("fa3"), peak:
+        out, lse = ops.prefill_attention(
+            q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 600]), layout, scale=0.1, **own
+        )
+    beside = peak.most - 2 * out.numel() - 4 * lse.numel()
+    assert sum(rooms.values()) / 3 < beside <= sum(rooms.values()) + 2**14  # log-sum-exps, peaks, bounds
 
 
 def test_parts_of_a_prefill_can_be_called_again(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-from ops_cases import Cache, Expected, State, empty_cache, expected, fill, make_cache, noise, sees  # noqa: E402
+from ops_cases import Cache, Expected, Peak, State, empty_cache, expected, fill, make_cache, noise, sees  # noqa: E402
 from test_ops import CHUNKS, CONTEXTS, STRIDES, assert_same_bytes, hard_keys, prefill_case  # noqa: E402
 
 from kvfold.formats import PAGE_SIZES  # noqa: E402
@@ -39,6 +39,23 @@ def on(*values: Any) -> Any:
     """Tensors on the device that the kernels run on, anything else as it is."""
     moved = tuple(value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in values)
     return moved if len(moved) > 1 else moved[0]
+
+
+@pytest.fixture
+def peak(monkeypatch: pytest.MonkeyPatch) -> Peak:
+    """Without what the interpreter takes, which copies a kernel's arguments."""
+    counted = Peak()
+    if not HAS_GPU:
+        from triton.runtime.interpreter import GridExecutor
+
+        run = GridExecutor.__call__
+
+        def uncounted(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with counted.uncounted():
+                return run(self, *args, **kwargs)
+
+        monkeypatch.setattr(GridExecutor, "__call__", uncounted)
+    return counted
 
 
 def decoded(cache: Cache, q: torch.Tensor, options: AttentionOptions) -> State:
@@ -304,6 +321,22 @@ def test_a_batch_that_needs_more_scratch_is_cut(options: dict[str, Any], monkeyp
         assert sum(batches) == 5
 
 
+@pytest.mark.parametrize("invariant", [False, True])
+def test_scratch_of_decodes_is_bounded(invariant: bool, peak: Peak, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upstream #40420 and others: a long context and many rows, like the tokens of a prompt that are rows."""
+    cache, rows = make_cache(PageLayout.of("k4v4", 32, page_size=64), (1100,), heads=1), 12
+    row = cache.table.expand(rows, -1), torch.arange(1100 - rows, 1100) + 1
+    q = on(noise(rows, 1, 2, 32))
+    pages, *of_rows = on(cache.pages, *row)
+    room = 2**12
+    monkeypatch.setattr(decode, "SCRATCH_BYTES", room)
+    options = AttentionOptions(0.2, batch_invariant=invariant)
+    kernels.decode_attention(q[:1], pages, *(x[:1] for x in of_rows), cache.layout, options)  # makes tables
+    with peak:
+        out, lse = kernels.decode_attention(q, pages, *of_rows, cache.layout, options)
+    assert 0 < peak.most - 4 * (out.numel() + lse.numel()) <= room
+
+
 def test_sequences_that_see_nothing_give_zero_and_minus_infinity() -> None:
     cache = make_cache(PageLayout.of("k4v4", 32, page_size=16), (0, 20, 20), heads=1)
     out, lse = check_decode(cache, noise(3, 2, 2, 32), first=torch.tensor([0, 20, 0]))
@@ -440,6 +473,23 @@ def test_a_prefill_that_needs_more_scratch_is_cut(
     monkeypatch.setattr(prefill, "SCRATCH_BYTES", 12 * 4 * (4 * 64 + 4 * 32))  # of four heads
     test_prefill(chunk, "k4v4", torch.float32, option)
     assert tokens == [12, 5, 10, 12, 12, 6]
+
+
+@pytest.mark.parametrize("chunk", ["exact", "packed"])
+def test_scratch_of_prefills_is_bounded(chunk: str, peak: Peak, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = PageLayout.of("k4v4", 32, page_size=16)
+    cache, count = make_cache(layout, (100,), heads=1), 150
+    q, k, v = (on(noise(count, heads, 32, seed=heads).to(torch.bfloat16)) for heads in (2, 1, 1))
+    pages, table, lens, bounds = on(cache.pages, cache.table, cache.lengths, torch.tensor([0, count]))
+    own = (k, v) if chunk == "exact" else ()
+    options = AttentionOptions(0.2)
+    kernels.prefill_attention(q[:1], pages, table, lens, bounds[:2].clamp(max=1), layout, options, *own)  # tables
+    room = 2**14
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", room)
+    with peak:
+        out, lse = kernels.prefill_attention(q, pages, table, lens, bounds, layout, options, *own)
+    beside = peak.most - 2 * out.numel() - 4 * lse.numel()
+    assert room // 2 < beside <= room * (1 if HAS_GPU else 3) + 2**10  # a CPU un-rotates in float64
 
 
 @pytest.mark.parametrize(("head_size", "head_size_v"), [(80, 96), (32, 192)])
