@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -265,11 +266,12 @@ class Peak(TorchDispatchMode):
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """For what stands for a library's kernel, and takes what that would not."""
+        """For what stands for a kernel, and takes what that would not, also in cycles that keep its arguments."""
         self._counts = False
         try:
             yield
         finally:
+            gc.collect()
             self._counts = True
 
     def _freed(self, key: int, size: int) -> None:

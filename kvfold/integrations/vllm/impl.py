@@ -19,11 +19,9 @@ from kvfold.integrations.vllm.metadata import Metadata
 from kvfold.integrations.vllm.settings import EngineConfigError, Settings
 from kvfold.layerformats import ModelFormat
 from kvfold.layout import PageLayout
+from kvfold.ops.cuda.prefill import WINDOW_BYTES
 
 logger = init_logger("vllm.kvfold.impl")
-
-_WINDOW_BYTES = 2**26
-"""Of the de-quantised windows, float16, that the CUDA prefill has at a time (docs/kernels.md)."""
 
 
 class CompressedImpl(AttentionImpl[Metadata]):
@@ -232,7 +230,7 @@ class CompressedImpl(AttentionImpl[Metadata]):
             )  # fmt: skip
         del decodes, q
         # a chunk as long as any, behind a prefix that fills the windows, as far as a request has room for both
-        fills = _WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
+        fills = WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
         context = min(fills, self._max_tokens // 2)
         # and beginnings of prompts, and their ends, a token or some, which have kernels of their own
         for before, count in ((context, self._max_tokens - context), (0, len(query)), (1, 1), (1, 3)):

@@ -384,6 +384,8 @@ def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale
     peaks = expand.find_peaks(pages, s.table, layout, tokens=s.context, chunk=chunk)
     room, before = WINDOW_BYTES, s.context - (count if chunk is None else 0)
     most = _most_queries(before + count, q.shape[1], heads, room)
+    parts = -(-count // most)  # about as large as each other: each reads all keys
+    most = min(-(-count // (128 * parts)) * 128, most)
     for begin in range(0, count, most):
         end = min(begin + most, count)
         rows = (end - begin) * (q.shape[1] // heads)

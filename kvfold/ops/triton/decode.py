@@ -85,9 +85,12 @@ def decode_attention(
         at_once -= at_once % 16  # results begin at multiples of 16 bytes, as kernels are compiled for
     out = torch.empty(batch, num_queries, num_heads, v.head_size, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, num_heads, num_queries, dtype=torch.float32, device=q.device)
+    if 0 < batch <= at_once:  # nearly always, and slices take the host's time
+        _attend_and_combine(q, pages, block_table, seq_lens, layout, options, k, v, launch, batch_invariant, out, lse)
+        return out, lse
     for begin in range(0, batch, at_once):
         some = slice(begin, begin + at_once)
-        of_some = options if at_once >= batch else options._replace(
+        of_some = options._replace(
             first=_rows(options.first, some), query_start=_rows(options.query_start, some),
             mask=_rows(options.mask, some),
         )  # fmt: skip
