@@ -6,19 +6,17 @@ One call of `prefill_attention` is made and watched: what it gives FlashAttentio
 are asked for, is kept, windows and all, and called again part by part.
 
 * `kernel`: the whole call, as `kvfold bench` times it.
-* `attention`: its calls of FlashAttention-3 alone, in float16 on the windows that were expanded. `v in 8 bits` and
-  `in 8 bits`: the same calls with V, or K and V, rounded to so many significant bits: fewer bits that change draw less
-  power, and the clock stays higher. `bfloat16`: the same calls in bfloat16, which has kernels of its own.
+* `attention`: its calls of FlashAttention-3 alone, in float16 on the windows that were expanded and in bfloat16 on the
+  chunk. `bfloat16`: the same calls all in bfloat16, which has kernels of its own.
 * `windows`: expanding the windows. `around`: rotating, joining and finding peaks.
-* `together`: `attention` and, on another stream at the same time, `windows`.
-* `in order`: all of these launches as they were made, without what the operation does on the host between them.
+* `in order`: all of these launches as they were made, one after the other on one stream, without what the operation
+  does on the host between them. `hidden` is by how much the call, on two streams, is faster.
 
 A few calls of each in turns, many times, each time in another order: after a millisecond of matrix products the chip is
 hot and its clock low, and who is measured first is measured cool.
 
-`wanted` is FlashAttention-3's time in bfloat16, on a bfloat16 prefix, over .95. `attention` and the windows' bytes at
-the rate of a copy are what remains of a call whatever the other parts take. Needs a GPU of compute capability 9.0 and
-FlashAttention-3 (vLLM's, or its own package).
+`wanted` is FlashAttention-3's time in bfloat16, on a bfloat16 prefix, over .95. Needs a GPU of compute capability 9.0
+and FlashAttention-3 (vLLM's, or its own package).
 """
 
 from __future__ import annotations
@@ -44,9 +42,8 @@ PAGE_SIZE = 64
 AT_ONCE = 3
 """Calls of a part in a round, behind as many that are not timed."""
 COLUMNS = (
-    "bytes at copy", "windows", "around", "attention", "v in 8 bits", "in 8 bits", "bfloat16", "together", "in order",
-    "kernel", "wanted", "fa3_bf16",
-)  # fmt: skip
+    "bytes at copy", "windows", "around", "attention", "bfloat16", "in order", "hidden", "kernel", "wanted", "fa3_bf16",
+)
 """Of the table, microseconds."""
 
 Call = Callable[[], object]
@@ -118,12 +115,6 @@ def copied(x: torch.Tensor) -> torch.Tensor:
     return memory.as_strided(x.shape, x.stride()).copy_(x)
 
 
-def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x with so many significant bits, its strides kept."""
-    mantissa, exponent = torch.frexp(x.float())
-    return copied(x).copy_(torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent))
-
-
 def attention_of(seen: Watched, change: Callable[[int, torch.Tensor], torch.Tensor] = lambda _, x: x) -> list[Call]:
     """The calls of FlashAttention-3, with their tensors (0: q, 1: k, 2: v) changed."""
     from kvfold.ops.cuda import dense
@@ -139,22 +130,6 @@ def in_bfloat16(_: int, x: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=torch.bfloat16, device=x.device).copy_(x)
 
 
-def at_once(first: Sequence[Call], second: Sequence[Call], other: torch.cuda.Stream) -> Call:
-    """Both lists at the same time, the second on another stream, between what is ahead and what follows."""
-
-    def call() -> None:
-        own = torch.cuda.current_stream()
-        other.wait_stream(own)
-        with torch.cuda.stream(other):
-            for one in second:
-                one()
-        for one in first:
-            one()
-        own.wait_stream(other)
-
-    return call
-
-
 def row_of(
     case: str, fmt: str, times: dict[str, float], packed_bytes: int, window_bytes: int, copy: float
 ) -> dict[str, object]:
@@ -164,8 +139,7 @@ def row_of(
     return {
         "case": case, "format": fmt, "packed_bytes": packed_bytes, "window_bytes": window_bytes,
         "bytes at copy": at_copy, **times, "factor": FACTOR, "wanted": wanted,
-        "hidden": times["attention"] + times["windows"] - times["together"],
-        "left": wanted - times["attention"] - at_copy,
+        "hidden": times["in order"] - times["kernel"],
     }  # fmt: skip
 
 
@@ -179,7 +153,7 @@ def measure(
 
     device = torch.device("cuda", torch.cuda.current_device())
     setting = Setting.of(device, PAGE_SIZE)
-    timer, other, copy = Timer(device, setting.l2_bytes), torch.cuda.Stream(device), copy_bandwidth(device)
+    timer, copy = Timer(device, setting.l2_bytes), copy_bandwidth(device)
     rows: list[dict[str, object]] = []
     for case in cases:
         torch.manual_seed(0)
@@ -194,15 +168,11 @@ def measure(
                 kernel.calls[0]()
             if not seen.attention:
                 raise FormatError(f"{case.name} is not prefilled by FlashAttention-3, whose limits these are")
-            attention = attention_of(seen)
             parts: dict[str, list[Call]] = {
                 "windows": seen.windows,
                 "around": seen.around,
-                "attention": attention,
-                "v in 8 bits": attention_of(seen, lambda at, x: rounded(x, 8) if at == 2 else x),
-                "in 8 bits": attention_of(seen, lambda at, x: rounded(x, 8) if at in (1, 2) else x),
+                "attention": attention_of(seen),
                 "bfloat16": attention_of(seen, in_bfloat16),
-                "together": [at_once(attention, seen.windows, other)],
                 "in order": seen.in_order,
                 "kernel": list(kernel.calls),
                 "fa3_bf16": baseline,
@@ -216,7 +186,7 @@ def measure(
             rows.append(row_of(case.name, str(fmt), times, case.cache_bytes(fmt), seen.window_bytes, copy))
             print(line(rows[-1]), flush=True)
             write({"copy_bytes_per_second": copy, "l2_bytes": setting.l2_bytes, "rounds": rounds, "rows": rows})
-            del parts, graphs, kernel, seen, attention
+            del parts, graphs, kernel, seen
             torch.cuda.empty_cache()
 
 

@@ -112,7 +112,7 @@ def run_prefill(
     device: torch.device, layout: PageLayout, contexts: Sequence[int], chunks: Sequence[int], packed: bool = False,
     window: int | None = None, dtype: torch.dtype = BF16,
 ) -> None:  # fmt: skip
-    """Chunks behind contexts; ``window`` tokens are expanded at a time, by default as many as there are.
+    """Chunks behind contexts; ``window`` tokens are expanded at a time on each of two streams, by default all on one.
 
     The library is cuDNN everywhere, whose kernels ``make sanitize`` leaves out.
     """
@@ -125,8 +125,8 @@ def run_prefill(
     lens = cache.lengths if packed else torch.tensor(contexts, dtype=torch.int32)
     bounds = torch.tensor([0, *chunks]).cumsum(0).int()
     pages = stored(cache, (k, v), device)
-    room = prefill.WINDOW_BYTES if window is None else window * HEADS * prefill._TOKEN_BYTES
-    with ops.backend("cuda"), dense.engine("cudnn"), mock.patch.object(prefill, "WINDOW_BYTES", room):
+    sizes = {} if window is None else {"WINDOW_BYTES": 2 * window * HEADS * prefill._TOKEN_BYTES, "_LONG": 0.0}
+    with ops.backend("cuda"), dense.engine("cudnn"), mock.patch.multiple(prefill, **{"_FEW_ROWS": 64, **sizes}):
         out, lse = ops.prefill_attention(
             q.to(device), pages, cache.table.to(device), lens.to(device), bounds.to(device), layout, scale=SCALE,
             **{name: x.to(device) for name, x in exact.items()},
@@ -173,7 +173,7 @@ def run_rotate(device: torch.device, layout: PageLayout, context: int, chunk: in
     peaks = expand.find_peaks(pages, table, layout, tokens=context, chunk=(given[1], given[2]))
     sides = (prefill.QUERIES, prefill.KEYS, prefill.VALUES)
     jobs = [(x, out[:, context:], side) for x, out, side in zip(given, outs, sides, strict=True)]
-    prefill.rotate(jobs, peaks, layout)
+    prefill.rotate(jobs, peaks)
     largest = torch.stack([8 * x.float().abs().max() for x in (k, v)])  # more than any scale in the pages
     assert torch.equal(peaks.cpu(), largest), "peaks"
     power_k, power_v = largest.log2().floor().exp2()

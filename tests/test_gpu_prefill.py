@@ -136,6 +136,39 @@ def test_many_windows(packed: bool, engine: str, monkeypatch: pytest.MonkeyPatch
     check((5000, 0, 300), (300, 130, 65), "k4v3", 4, 4, packed)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["exact", "packed"])
+@pytest.mark.parametrize(
+    ("context", "count", "heads", "group"), [(30720, 2048, 8, 4), (5000, 700, 5, 2), (900, 65, 2, 8)]
+)
+def test_two_streams(
+    context: int, count: int, heads: int, group: int, packed: bool, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as on one, time after time, while what they have freed is used by others."""
+    if context < 10000:
+        monkeypatch.setattr(prefill, "WINDOW_BYTES", 3 * 2**20)
+    cache = stored([context + (count if packed else 0)], "k4v4", heads)
+    q, k, v = (random(count, x, 128).to(BF16) for x in (heads * group, heads, heads))
+    own = {} if packed else {"k": k, "v": v}
+    bounds = torch.tensor([0, count], dtype=torch.int32, device=DEVICE)
+
+    def result() -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.prefill_attention(
+            q, cache.pages, cache.table, cache.lengths, bounds, cache.layout, scale=128**-0.5, **own
+        )
+
+    room = prefill.WINDOW_BYTES
+    monkeypatch.setattr(prefill, "_LONG", 1e9)
+    monkeypatch.setattr(prefill, "WINDOW_BYTES", room // 2)  # the same windows
+    want = result()
+    monkeypatch.setattr(prefill, "_LONG", 0.0)
+    monkeypatch.setattr(prefill, "WINDOW_BYTES", room)
+    for _ in range(8):
+        got = result()
+        for _ in range(6):
+            torch.full((2**22,), torch.nan, device=DEVICE)
+        assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+
+
 def test_chunks_that_exceed_a_window(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "WINDOW_BYTES", 2**18)
     check((1000,), (1300,), heads=2, group=2)

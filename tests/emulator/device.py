@@ -152,12 +152,13 @@ def emulated_device(multiprocessors: int = 3, largest_piece: int = 1) -> Iterato
     The library's dense attention, which prefill attention calls, is none of the package's kernels and not emulated.
     """
     device = EmulatedDevice(multiprocessors)
-    stream = SimpleNamespace(cuda_stream=0)
+    stream = SimpleNamespace(cuda_stream=0, record_event=lambda: None, wait_event=lambda event: None)
     patches = {
         (runtime, "kernel"): device.kernel,
         (cuda, "available"): lambda device: None,
         (torch.cuda, "get_device_properties"): lambda device: SimpleNamespace(multi_processor_count=multiprocessors),
         (torch.cuda, "current_stream"): lambda device=None: stream,
+        (runtime, "second_stream"): lambda device: stream,
         (torch.cuda, "is_current_stream_capturing"): lambda: False,
         (torch.cuda, "synchronize"): lambda device=None: None,
         (schedule, "_LARGEST_PIECE"): largest_piece,

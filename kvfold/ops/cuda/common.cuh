@@ -71,7 +71,8 @@ __device__ __forceinline__ void transpose_bytes(u32 (&w)[4]) {
 }
 
 // Until the kernels before this one in the stream have ended and what they wrote is seen: one that is launched `early` has
-// to call this before it reads anything. From then on the next kernel may begin likewise.
+// to call this before it writes anything, or reads anything that the kernel ahead may still write. From then on the next
+// kernel may begin likewise. Every thread does, so that a kernel has not ended before those ahead have.
 __device__ __forceinline__ void wait_for_predecessors() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

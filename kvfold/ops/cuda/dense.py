@@ -114,6 +114,11 @@ def _of_package() -> _Found:
     return _Found(None, missing)
 
 
+def writes_into() -> bool:
+    """Whether FlashAttention-3's result goes where the caller wants it."""
+    return _flash_attention_3().takes_out
+
+
 def flash_attention_3(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -132,7 +137,7 @@ def flash_attention_3(
     Args:
         bounds: int32 ``[B + 1]``, where sequences begin in q, and in k and v alike; default: it is one sequence.
         longest: Tokens of the longest of these.
-        out: Where the result is to be, ``[n, Hq, 128]``, contiguous, of q's dtype.
+        out: Where the result goes if the library can do that, ``[n, Hq, 128]``, contiguous, of q's dtype.
 
     Returns:
         out ``[n, Hq, 128]`` and log-sum-exp ``[n, Hq]``, of any strides.
@@ -145,7 +150,7 @@ def flash_attention_3(
         q=q, k=k, v=v, cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=longest or len(q),
         max_seqlen_k=longest or len(k), softmax_scale=scale, causal=causal, **into,
     )  # fmt: skip
-    return result if out is None or takes_out else out.copy_(result), lse.T
+    return result, lse.T
 
 
 @lru_cache(maxsize=1024)

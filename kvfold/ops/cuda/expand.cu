@@ -10,7 +10,8 @@
 // With `peaks`, K and V are divided by the power of two below their peak, so that they fit float16, and times LIFT.
 //
 // Levels are odd multiples of half the codebook's step, up to 255, so they are exact as bfloat16. Two look-ups with prmt,
-// four codes each, give their upper and lower bytes; the product with the scale is rounded once, to the output's type.
+// four codes each, give their upper and lower bytes; the product with the scale is rounded to the output's type, V's to 8
+// significant bits before if it is `coarse`.
 //
 // A trellis' indices of 3 bits are looked up like codes of 3 bits. Of 4 and 5 bits they are a sign and a magnitude once the
 // path's two bits of negative levels have been complemented; those of 4 bits are made codes of 4 bits. Of 5 bits they are
@@ -43,6 +44,7 @@ struct Window {
     int batch, heads, tokens;
     int start, length;
     int rows;  // of a head in k and v: `tokens`, or more where others follow them
+    int coarse;  // whether V is rounded to 8 significant bits
 };
 
 struct Chunk {
@@ -125,7 +127,8 @@ __device__ __forceinline__ u32 look_up_bytes(const Codes& codes, int half, const
 }
 
 template <class S, bool OFFSETS>
-__device__ __forceinline__ uint4 decode(const Codes& codes, float scale, const Levels& levels, const Offsets& offsets) {
+__device__ __forceinline__ uint4 decode(const Codes& codes, float scale, const Levels& levels, const Offsets& offsets,
+                                        bool coarse = false) {
     u32 pairs[4];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -155,7 +158,12 @@ __device__ __forceinline__ uint4 decode(const Codes& codes, float scale, const L
                 x = fmaf(level[0], scale, offsets.x[4 * half + 2 * two]);
                 y = fmaf(level[1], scale, offsets.x[4 * half + 2 * two + 1]);
             }
-            pairs[2 * half + two] = FLOAT16 ? pack_f16(x, y) : pack_bf16(x, y);
+            u32 pair = pack_bf16(x, y);
+            if constexpr (FLOAT16) {
+                if (coarse) x = __uint_as_float(pair << 16), y = __uint_as_float(pair & 0xFFFF0000u);
+                pair = pack_f16(x, y);
+            }
+            pairs[2 * half + two] = pair;
         }
     }
     return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
@@ -177,7 +185,7 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, BLOCKS) void expand(const __
     typedef ValueSide VP;
     int lane = threadIdx.x & 31, item = blockIdx.x * WARPS + (threadIdx.x >> 5);
     int tiles = (window.tokens + TILE - 1) / TILE;
-    if (item >= tiles * window.heads * window.batch) return;
+    if (item >= tiles * window.heads * window.batch) return wait_for_predecessors();
     int row = item / tiles, first = item % tiles * TILE, b = row / window.heads, head = row % window.heads;
     int position = start_of(window, b) + first;
     int stored = min(length_of(window, b) - position, TILE), wanted = min(window.tokens - first, TILE);
@@ -186,6 +194,7 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, BLOCKS) void expand(const __
     int pair = lane >> 4, eight = lane & 15;
 
     if (stored <= 0) {
+        wait_for_predecessors();
         for (int token = pair; token < wanted; token += 2) {
             *reinterpret_cast<uint4*>(k_out + token * 2 * HEAD) = make_uint4(0, 0, 0, 0);
             *reinterpret_cast<uint4*>(v_out + token * 2 * HEAD) = make_uint4(0, 0, 0, 0);
@@ -200,13 +209,6 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, BLOCKS) void expand(const __
 
     // The scale of token `lane`, K's for the first sixteen lanes and V's for the others.
     float scale = bf16_to_float(__ldg((const u16*)(tile + K_SCALES) + lane)) * (pair ? v_levels.unit : k_levels.unit);
-    Offsets offsets = {};
-    if (MEAN) {
-        float times = window.peaks ? reciprocal(power_below(window.peaks[0])) * LIFT : 1.f;
-        offsets = reference_of(page_of_head, window.page_bytes, eight, times);
-    }
-    if (window.peaks) scale = scale * reciprocal(power_below(window.peaks[pair])) * LIFT;
-    if (eight >= stored) scale = 0;
     u32 k_word0[8], k_word1[8], k_path[8];
     uint4 v_words0[2], v_words1[2], v_path[2];
 #pragma unroll
@@ -223,6 +225,14 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, BLOCKS) void expand(const __
         v_words1[n] = VP::SECOND ? __ldg((const uint4*)(tile + V_PLANE1 + eight / 4 * 64) + four) : v_words0[n];
         v_path[n] = VP::TRELLIS ? __ldg((const uint4*)(tile + V_PATH + eight / 4 * 64) + four) : v_words0[n];
     }
+    wait_for_predecessors();  // of which `peaks` is one; pages were complete before that
+    Offsets offsets = {};
+    if (MEAN) {
+        float times = window.peaks ? reciprocal(power_below(window.peaks[0])) * LIFT : 1.f;
+        offsets = reference_of(page_of_head, window.page_bytes, eight, times);
+    }
+    if (window.peaks) scale = scale * reciprocal(power_below(window.peaks[pair])) * LIFT;
+    if (eight >= stored) scale = 0;
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         int token = 2 * n + pair;
@@ -249,7 +259,8 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, BLOCKS) void expand(const __
             int token = 4 * (2 * n + pair) + j;
             Codes found = {0, 0};
             if (token < stored) found = codes<VP>(w0[j], w1[j], u[j], before >> 8 * j << 24, eight);
-            uint4 eight_values = decode<VP, false>(found, __shfl_sync(ALL_LANES, scale, TILE + token), v_levels, offsets);
+            float its = __shfl_sync(ALL_LANES, scale, TILE + token);
+            uint4 eight_values = decode<VP, false>(found, its, v_levels, offsets, window.coarse);
             if (token < wanted) *reinterpret_cast<uint4*>(v_out + token * 2 * HEAD) = eight_values;
         }
     }
@@ -274,6 +285,8 @@ __device__ __forceinline__ u32 larger(u32 word, int half, u32 largest) {
 // A warp takes four tiles' scales, or 16 tokens of a head of the chunk. K's are in lanes whose bit 2 is 0.
 extern "C" __global__ __launch_bounds__(WARPS * 32) void peaks(const __grid_constant__ Window window,
                                                               const __grid_constant__ Chunk chunk) {
+    __shared__ u32 most[WARPS][2];
+    wait_for_predecessors();
     int lane = threadIdx.x & 31, tiles = (window.tokens + TILE - 1) / TILE, all = tiles * window.heads * window.batch;
     int side = lane >> 2 & 1, chunks = (chunk.rows + TILE - 1) / TILE * chunk.heads;
     u32 largest = 0, own = 0;
@@ -322,7 +335,14 @@ extern "C" __global__ __launch_bounds__(WARPS * 32) void peaks(const __grid_cons
         u32 other = __shfl_xor_sync(ALL_LANES, largest, k);
         if (other > largest) largest = other;
     }
-    // Few warps find more than those before them, and atomics on one word wait for each other.
-    u32* peak = (u32*)window.peaks + side;
-    if ((lane & 27) == 0 && largest > *(volatile u32*)peak) atomicMax(peak, largest);
+    // Few blocks find more than those before them, and atomics on one word wait for each other.
+    if ((lane & 27) == 0) most[threadIdx.x >> 5][side] = largest;
+    __syncthreads();
+    if (threadIdx.x >= 2) return;
+    largest = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++)
+        if (most[warp][threadIdx.x] > largest) largest = most[warp][threadIdx.x];
+    u32* peak = (u32*)window.peaks + threadIdx.x;
+    if (largest > *(volatile u32*)peak) atomicMax(peak, largest);
 }

@@ -1,8 +1,8 @@
 """De-quantising a window of every sequence by the CUDA C++ kernel in ``expand.cu``, in the stored (rotated) basis.
 
 Prefill attends to a long prefix window by window: a window is expanded and given to a library's attention. Values equal
-the layout's ``decode``, rounded to the output's dtype, but where float32 rounding decides: the level is multiplied by
-its unit and the scale in another order.
+the layout's ``decode``, rounded to the output's dtype (V, where it is wanted so, to 8 significant bits), but where
+float32 rounding decides: the level is multiplied by its unit and the scale in another order.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class _Window(ctypes.Structure):
         ("start", ctypes.c_int32),
         ("length", ctypes.c_int32),
         ("rows", ctypes.c_int32),
+        ("coarse", ctypes.c_int32),
     )
 
 
@@ -193,8 +194,12 @@ def expand_heads(
     *,
     first: int,
     start: int,
+    coarse: bool = False,
 ) -> None:
     """:func:`expand_window` for a range of heads and tokens of one sequence, and without checks.
+
+    Pages and the block table were complete before :func:`find_peaks` was called, and nothing has been written to them
+    since: they are read while the kernels ahead end.
 
     Args:
         chosen: The :func:`plan`.
@@ -202,19 +207,26 @@ def expand_heads(
         k_out: ``[heads, tokens, 128]``: heads from ``first`` on, tokens from ``start`` on, a multiple of 16; the
             sequence has all of them. Those of a head are contiguous; the heads may be further apart.
         v_out: The same for V, of the same strides.
+        coarse: Round V to 8 significant bits, as bfloat16 has: what multiplies float16 by it draws less power.
     """
     heads, tokens, _ = k_out.shape
     window = _window(
         chosen, pages, block_table, k_out.data_ptr(), v_out.data_ptr(), peaks, first, heads, tokens,
-        None, None, start, start + tokens, k_out.stride(0) // HEAD_SIZE,
+        None, None, start, start + tokens, k_out.stride(0) // HEAD_SIZE, coarse,
     )  # fmt: skip
-    _expand(chosen, window)
+    _expand(chosen, window, early=True)
+
+
+def no_peaks(device: torch.device) -> torch.Tensor:
+    """Float32 ``[2]``: what :func:`find_peaks` begins with."""
+    return torch.full((2,), SMALLEST_PEAK, dtype=torch.float32, device=device)
 
 
 def find_peaks(
     pages: torch.Tensor, block_table: torch.Tensor, layout: PageLayout,
     starts: torch.Tensor | None = None, lengths: torch.Tensor | None = None,
     *, tokens: int, dtype: torch.dtype = torch.float16, chunk: tuple[torch.Tensor, torch.Tensor] | None = None,
+    peaks: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Float32 ``[2]``: the largest finite scales of K and of V among the windows' tokens, and 2^-100 at least. Sixteen
     times those of the pages' key references count for K.
@@ -222,10 +234,10 @@ def find_peaks(
     Arguments are as of :func:`expand_window`, ``dtype`` of the windows that will be expanded. Without starts and
     lengths every sequence's first ``tokens`` tokens are looked at. ``chunk`` are K and V, 16-bit floats ``[n, H, 128]``
     with vectors at multiples of 16 bytes, that come into the windows too, rotated: then eight times their largest
-    finite element counts as well.
+    finite element counts as well. ``peaks`` are those of :func:`no_peaks`, if they have been made before.
     """
     chosen = plan(layout, dtype, block_table.dtype == torch.int64, pages.device)
-    peaks = torch.full((2,), SMALLEST_PEAK, dtype=torch.float32, device=pages.device)
+    peaks = no_peaks(pages.device) if peaks is None else peaks
     heads = pages.shape[1]
     window = _window(
         chosen, pages, block_table, None, None, peaks, 0, heads, tokens,
@@ -240,24 +252,26 @@ def find_peaks(
         )  # fmt: skip
         own_items = -(-len(k) // TILE) * heads
     items = own_items + -(-(-(-tokens // TILE) * heads * window.batch) // 4)
-    chosen.peaks.launch((max(1, min(_PEAK_BLOCKS, -(-items // _WARPS))), 1, 1), 32 * _WARPS, 0, window, own)
+    grid = (max(1, min(_PEAK_BLOCKS, -(-items // _WARPS))), 1, 1)
+    chosen.peaks.launch(grid, 32 * _WARPS, 0, window, own, early=True)
     return peaks
 
 
 def _window(
     chosen: Plan, pages: torch.Tensor, table: torch.Tensor, k: int | None, v: int | None, peaks: torch.Tensor | None,
     first: int, heads: int, tokens: int, starts: int | None, lengths: int | None, start: int = 0, length: int = 0,
-    rows: int = 0,
+    rows: int = 0, coarse: bool = False,
 ) -> _Window:  # fmt: skip
     """In the order of the structure's fields, because naming them takes longer, and a prefill has dozens of windows."""
     head_bytes = chosen.page_bytes
     return _Window(
         pages.data_ptr() + first * head_bytes, table.data_ptr(), table.stride(0), head_bytes,
         pages.shape[1] * head_bytes, starts, lengths, k, v, None if peaks is None else peaks.data_ptr(),
-        chosen.page_shift, table.shape[0], heads, tokens, start, length, rows,
+        chosen.page_shift, table.shape[0], heads, tokens, start, length, rows, coarse,
     )  # fmt: skip
 
 
-def _expand(chosen: Plan, window: _Window) -> None:
+def _expand(chosen: Plan, window: _Window, early: bool = False) -> None:
+    """``early``: pages and table were complete before the kernel ahead began, and nothing else is on the device."""
     items = -(-window.tokens // TILE) * window.heads * window.batch
-    chosen.kernel.launch((-(-items // _WARPS), 1, 1), 32 * _WARPS, 0, window, chosen.k, chosen.v)
+    chosen.kernel.launch((-(-items // _WARPS), 1, 1), 32 * _WARPS, 0, window, chosen.k, chosen.v, early=early)

@@ -147,10 +147,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) rotate(const __grid_
     const Rotate& J = P.jobs[job];
     const int item = (block - J.first) * WARPS + (threadIdx.x >> 5);
     const int head = item % J.heads, row = item / J.heads * 16 + g;
-    if (row - g >= J.rows) return;
+    if (row - g >= J.rows) return wait_for_predecessors();
     u32 a[2][16], words[2][16];
     load(a[0], J.x, row * J.x_row + head * J.x_head + 8 * i, row < J.rows);
     load(a[1], J.x, (row + 8) * J.x_row + head * J.x_head + 8 * i, row + 8 < J.rows);
+    wait_for_predecessors(); // of which `peaks` is one; x was complete before that
     const float power = power_below(P.peaks[J.side == 2]);
     // The products are with 2^-8, so that no sum of 128 bfloat16 overflows; 64 is room for large scores.
     const float factor = 256.f * NORM * (J.side ? reciprocal(power) * LIFT : power * 0.015625f);
@@ -190,11 +191,13 @@ __device__ __forceinline__ float lse_of(const Part& part, int row, int head) {
     return part.lse[row * part.lse_row + head * part.lse_head];
 }
 
-// Sums are kept with the rotation's signs on them, which the output's last step takes off.
+// Sums are kept with the rotation's signs on them, which the output's last step takes off. A part may be where the result
+// goes: a lane has read a vector's coordinates of all parts before it writes them.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, CAPACITY == 1 ? 4 : 2) merge(const __grid_constant__ Merge P) {
     const int lane = threadIdx.x & 31, g = lane >> 2, i = lane & 3, item = blockIdx.x * WARPS + (threadIdx.x >> 5);
     const int head = item % P.heads, row = item / P.heads * 16 + g;
     const int count = CAPACITY == 1 ? 1 : P.count, rotated = CAPACITY == 1 ? ROTATED : P.rotated;
+    wait_for_predecessors();
     if (row - g >= P.rows) return;
     const float nothing = -__uint_as_float(0x7f800000u);
     float total[2], base[2];

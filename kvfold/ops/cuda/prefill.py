@@ -5,20 +5,23 @@ worth what the libraries' kernels have gained there. So windows of the prefix, 6
 de-quantised (``expand.cu``, in the rotated basis), the library's kernel attends to them with rotated queries, and
 results are un-rotated (``prefill.cu``). Chunks of a few tokens go to the decode kernel.
 
-With FlashAttention-3 (``dense`` says when) a chunk's own K and V are rotated into the window behind its prefix, and one
-causal call has the result of some heads. cuDNN attends to the windows and, apart, to the chunk, and partial results are
-joined by their log-sum-exp; so they are where the tokens of one head exceed a window.
+A chunk attends to itself and, apart, to the windows of its prefix, and partial results are joined by their
+log-sum-exp. Long work is done on two streams, with a window for each (:func:`_attend_in_windows`). Where all keys fit
+in one window, FlashAttention-3 (``dense`` says when there is one) makes a single causal call, the chunk's own K and V
+rotated into the window behind the prefix.
 
 A window is some KV heads by some tokens (:func:`_split`), and float16 whatever q is: bfloat16 would add 2^-9 to every
-K, V and rotated q, and 4e-3 and more to the result. For float16's range K and V are divided by a power of two below
-their peak (``expand.find_peaks``), and the powers come back with q and with the result. A token whose V is 2^-24 of the
-largest loses precision in that; one whose K is small has a small score.
+K, V and rotated q, and 4e-3 and more to the result. V alone has 8 significant bits where q is bfloat16, which is 1e-3
+in the result and draws less power. For float16's range K and V are divided by a power of two below their peak
+(``expand.find_peaks``), and the powers come back with q and with the result. A token whose V is 2^-24 of the largest
+loses precision in that; one whose K is small has a small score.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -36,8 +39,10 @@ WINDOW_BYTES = 64 * 2**20
 """Of the de-quantised windows that exist at a time: K and V."""
 
 _FEW_ROWS = 64  # query rows of a KV head up to which the decode kernel is faster
-_QUERY_BYTES = 32 * 2**20  # of rotated queries at a time
-_RESULT_BYTES = 32 * 2**20  # of partial results of a group of heads at a time
+_LONG = 800.0  # microseconds of attention behind which the host's launches for two streams are hidden
+_KEYS_PER_MICROSECOND = 81.0  # that a processor reads for 128 query rows, on an H200
+_QUERY_BYTES = 16 * 2**20  # of rotated queries at a time
+_RESULT_BYTES = 32 * 2**20  # of partial results at a time
 _VECTOR_BYTES = 2 * 128  # of such a query or result
 _CAPACITY = 16  # partial results that are joined at once, unless there are more
 
@@ -76,13 +81,13 @@ def _defines(dtype: torch.dtype) -> dict[str, int | str]:
 
 
 @lru_cache(maxsize=64)
-def _rotate_kernel(layout: PageLayout, dtype: torch.dtype, index: int) -> runtime.Kernel:
+def _rotate_kernel(dtype: torch.dtype, index: int) -> runtime.Kernel:
     return runtime.kernel("prefill.cu", "rotate", torch.device("cuda", index), **_defines(dtype))
 
 
 @lru_cache(maxsize=64)
 def _merge_kernel(
-    layout: PageLayout, parts: int, rotated: bool, dtype: torch.dtype, index: int
+    parts: int, rotated: bool, dtype: torch.dtype, index: int
 ) -> tuple[runtime.Kernel, type[ctypes.Structure]]:
     """The kernel, and its parameters. There are few kernels, so that serving need not compile what it has not seen."""
     capacity = 1 if parts == 1 else max(_CAPACITY, 1 << (parts - 1).bit_length())
@@ -119,8 +124,8 @@ Job = tuple[torch.Tensor, torch.Tensor, int]
 rows contiguous; and which of the three it is."""
 
 
-def rotate(jobs: list[Job], peaks: torch.Tensor, layout: PageLayout) -> None:
-    """Rotate up to three tensors of one dtype in one launch.
+def rotate(jobs: list[Job], peaks: torch.Tensor) -> None:
+    """Rotate up to three tensors of one dtype in one launch. They were complete before :func:`expand.find_peaks` began.
 
     Keys and values are divided by the power of two below their peak; queries are multiplied by that of the keys, and
     divided by 64.
@@ -136,14 +141,13 @@ def rotate(jobs: list[Job], peaks: torch.Tensor, layout: PageLayout) -> None:
     for at in range(len(jobs), 3):
         call.jobs[at].first = blocks
     x = jobs[0][0]
-    _rotate_kernel(layout, x.dtype, x.device.index).launch((blocks, 1, 1), 128, 0, call)
+    _rotate_kernel(x.dtype, x.device.index).launch((blocks, 1, 1), 128, 0, call, early=True)
 
 
 def merge(
     rotated: list[State],
     plain: list[State],
     peaks: torch.Tensor | None,
-    layout: PageLayout,
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
@@ -157,7 +161,7 @@ def merge(
         peaks: Those of the windows; None if there are none.
     """
     states = rotated + plain
-    kernel, params = _merge_kernel(layout, len(states), bool(rotated), out.dtype, out.device.index)
+    kernel, params = _merge_kernel(len(states), bool(rotated), out.dtype, out.device.index)
     call = params(
         out=out.data_ptr(), lse=lse.data_ptr(), peaks=None if peaks is None else peaks.data_ptr(),
         out_row=out.stride(0), lse_row=lse.stride(0), lse_head=lse.stride(1), rows=lse.shape[0], heads=lse.shape[1],
@@ -165,12 +169,12 @@ def merge(
     )  # fmt: skip
     for at, (o, s) in enumerate(states):
         call.parts[at] = _Part(o.data_ptr(), s.data_ptr(), o.stride(0), o.stride(1), s.stride(0), s.stride(1))
-    kernel.launch((_blocks(*lse.shape), 1, 1), 128, 0, call)
+    kernel.launch((_blocks(*lse.shape), 1, 1), 128, 0, call, early=True)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
 
-# What a library's kernel takes on an H200, in keys that a block of 128 query rows reads: 81 of them a microsecond.
+# What a library's kernel takes on an H200, in keys that a block of 128 query rows reads.
 _CALL_COST = 650  # of a launch, with the blocks that begin and end
 _MERGE_COST = 1 / 400  # of joining another vector of 128
 
@@ -183,15 +187,17 @@ class _Split(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _split(
-    rows: int, heads: int, keys: int, room: int, processors: int, least: int = 16, shares: bool = False
-) -> _Split:
-    """The windows of at most ``room`` bytes, and ``least`` tokens, that ``rows`` queries of a KV head read fastest.
+def _split(rows: int, heads: int, keys: int, own: int, room: int, processors: int, shares: bool) -> _Split:
+    """The windows of at most ``room`` bytes that ``rows`` queries of a KV head read fastest.
 
-    Few heads with all tokens need no joining; many heads make enough blocks for all processors where queries are few,
-    unless the library ``shares`` the keys of a block among processors then, as FlashAttention-3 does. Partial results
-    of a group are there together: where there is a choice, they have room.
+    ``own`` more keys are read from a window of their own. Few heads with all tokens need no joining; many heads make
+    enough blocks for all processors where queries are few, unless the library ``shares`` the keys of a block among
+    processors then, as FlashAttention-3 does. Where there is a choice, the queries and results of two groups of heads
+    have room.
     """
+
+    def windows(split: _Split) -> int:
+        return max(1, -(-keys // split.tokens)) + (own > 0)
 
     def waves(width: int) -> float:
         blocks = -(-rows // 128) * width
@@ -199,19 +205,17 @@ def _split(
 
     def cost(split: _Split) -> float:
         groups, rest = divmod(heads, split.heads)
-        times = max(1, -(-keys // split.tokens))
         reading = (groups * waves(split.heads) + (waves(rest) if rest else 0)) * keys
+        times = windows(split)
         return reading + _CALL_COST * times * (groups + (rest > 0)) + _MERGE_COST * times * rows * heads
 
+    def has_room(split: _Split) -> bool:
+        vector_bytes = 2 * rows * split.heads * _VECTOR_BYTES
+        return vector_bytes <= _QUERY_BYTES and vector_bytes * windows(split) <= _RESULT_BYTES
+
     splits = [_Split(width, room // (_TOKEN_BYTES * width) // 16 * 16) for width in range(1, heads + 1)]
-    fitting = [split for split in splits if split.tokens >= least]
-    within = [split for split in fitting if _results(rows, keys, split) * _VECTOR_BYTES <= _RESULT_BYTES]
-    return min(within or fitting[:1], key=cost)
-
-
-def _results(rows: int, keys: int, split: _Split) -> int:
-    """Vectors of the partial results of a group of heads."""
-    return max(1, -(-keys // split.tokens)) * rows * split.heads
+    fitting = [split for split in splits if split.tokens >= own + 16]  # own keys begin in a tile
+    return min([split for split in fitting if has_room(split)] or fitting[:1], key=cost)
 
 
 @lru_cache(maxsize=64)
@@ -223,14 +227,17 @@ class _Windows:
     """Windows of a sequence, one after the other in the same memory."""
 
     def __init__(
-        self, pages: torch.Tensor, table: torch.Tensor, layout: PageLayout, peaks: torch.Tensor, vectors: int
+        self, pages: torch.Tensor, table: torch.Tensor, layout: PageLayout, dtype: torch.dtype, vectors: int
     ) -> None:
-        """``vectors`` are the tokens times heads of the largest."""
-        self._pages, self._table, self._peaks = pages, table, peaks
+        """``dtype`` is that of the queries, ``vectors`` are the tokens times heads of the largest."""
+        self._pages, self._table = pages, table
+        self._coarse = dtype == torch.bfloat16  # no precision is lost that the result would have
         self._plan = expand.plan(layout, torch.float16, table.dtype == torch.int64, pages.device)
-        self._memory = torch.empty(2, vectors * 128, dtype=torch.float16, device=pages.device)
+        self._memory = torch.empty(2, vectors * 128, dtype=torch.float16, device=pages.device).unbind()
 
-    def read(self, first: int, heads: int, start: int, end: int, stored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(
+        self, peaks: torch.Tensor, first: int, heads: int, start: int, end: int, stored: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V float16 ``[heads, end - start, 128]`` of heads and tokens from ``first`` and ``start`` on.
 
         ``start`` is a multiple of 16. From token ``stored`` on nothing is written.
@@ -238,10 +245,10 @@ class _Windows:
         tokens = end - start
         k, v = (half[: heads * tokens * 128].view(heads, tokens, 128) for half in self._memory)
         if start < stored:
-            of_pages = slice(min(end, stored) - start)
+            of_pages = (k, v) if end <= stored else (k[:, : stored - start], v[:, : stored - start])
             expand.expand_heads(
-                self._plan, self._pages, self._table, k[:, of_pages], v[:, of_pages], self._peaks,
-                first=first, start=start,
+                self._plan, self._pages, self._table, *of_pages, peaks,
+                first=first, start=start, coarse=self._coarse,
             )  # fmt: skip
         return k, v
 
@@ -333,7 +340,10 @@ def _attend_to_beginnings(
     starts = cu_seqlens[first : first + len(bounds)]
     own_q, own_k, own_v = (_readable(_rows(x, begin, end), q.dtype) for x in (q, k, v))
     starts = (starts - begin if begin else starts).int()
-    _, states = dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest, _rows(out, begin, end))
+    own_out = _rows(out, begin, end)
+    result, states = dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest, own_out)
+    if result is not own_out:
+        own_out.copy_(result)
     lse[begin:end] = states
 
 
@@ -361,8 +371,13 @@ def _attend(s: _Sequence, pages: torch.Tensor, layout: PageLayout, options: Atte
     """The result of a sequence's chunk."""
     count, num_heads, _ = s.q.shape
     if s.context and count * num_heads // pages.shape[1] > _FEW_ROWS:
-        attend = _attend_at_once if dense.choose(pages.device) == "fa3" else _attend_apart
-        attend(s, pages, layout, options.scale)
+        library = dense.choose(pages.device)
+        window_bytes = (s.context + (0 if s.chunk is None else count)) * pages.shape[1] * _TOKEN_BYTES
+        fits = window_bytes <= WINDOW_BYTES and count * num_heads * _VECTOR_BYTES <= _QUERY_BYTES
+        if library == "fa3" and fits:
+            _attend_at_once(s, pages, layout, options.scale)
+        else:
+            _attend_in_windows(s, pages, layout, options.scale, library)
         return
     plain = [] if s.chunk is None else [_causal(s.q, *s.chunk, options.scale)]
     if s.context:
@@ -370,138 +385,219 @@ def _attend(s: _Sequence, pages: torch.Tensor, layout: PageLayout, options: Atte
         few = options._replace(query_start=start)
         out, lse = decode_attention(s.q[None], pages, s.table, s.context_len, layout, few)
         plain.append((out[0], lse[0].T))
-    merge([], plain, None, layout, s.out, s.lse)
+    merge([], plain, None, s.out, s.lse)
 
 
-# --- prefix and chunk at once: FlashAttention-3 -----------------------------------------------------------------------
+# --- all keys in one window: FlashAttention-3 -------------------------------------------------------------------------
 
 
 def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float) -> None:
-    """The result of a chunk of many rows: its own K and V are in the windows, behind those of the pages."""
+    """The result of a chunk of many rows by one causal call: its own K and V are in the window, behind the prefix."""
     count, heads = len(s.q), pages.shape[1]
-    q = _readable(s.q, s.q.dtype)
-    chunk = None if s.chunk is None else (_readable(s.chunk[0], q.dtype), _readable(s.chunk[1], q.dtype))
+    q, chunk = _readable(s.q, s.q.dtype), None
+    if s.chunk is not None:
+        chunk = _readable(s.chunk[0], q.dtype), _readable(s.chunk[1], q.dtype)
+    keys = s.context if chunk is None else s.context + count
     peaks = expand.find_peaks(pages, s.table, layout, tokens=s.context, chunk=chunk)
-    room, before = WINDOW_BYTES, s.context - (count if chunk is None else 0)
-    most = _most_queries(before + count, q.shape[1], heads, room)
-    parts = -(-count // most)  # about as large as each other: each reads all keys
-    most = min(-(-count // (128 * parts)) * 128, most)
-    for begin in range(0, count, most):
-        end = min(begin + most, count)
-        rows = (end - begin) * (q.shape[1] // heads)
-        split = _split(rows, heads, before + end, room, _processors(pages.device), end - begin + 16, True)
-        windows = _Windows(pages, s.table, layout, peaks, split.heads * min(split.tokens, before + end))
-        part = s._replace(q=q[begin:end], chunk=chunk, out=s.out[begin:end], lse=s.lse[begin:end])
-        _attend_causally(part, windows, split, before + end, heads, peaks, layout, scale * _ROOM / _LIFT)
-        del windows  # before there are others
+    k, v = _Windows(pages, s.table, layout, q.dtype, heads * keys).read(peaks, 0, heads, 0, keys, s.context)
+    queries = torch.empty((q.shape[1], count, 128), dtype=torch.float16, device=q.device)
+    jobs: list[Job] = [(q, queries, QUERIES)]
+    if chunk is not None:
+        jobs += [(chunk[0], k[:, s.context :], KEYS), (chunk[1], v[:, s.context :], VALUES)]
+    rotate(jobs, peaks)
+    state = _attend_to("fa3", queries, k, v, True, scale * _ROOM / _LIFT)
+    merge([state], [], peaks, s.out, s.lse)
 
 
-def _most_queries(keys: int, num_heads: int, heads: int, room: int) -> int:
-    """How many queries are served at a time, so that they, rotated, and partial results are bounded, as windows are.
+def _attend_to(
+    library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float,
+    out: torch.Tensor | None = None,
+) -> State:  # fmt: skip
+    """q ``[Hq, n, 128]``, contiguous, k and v ``[H, m, 128]``. With cuDNN's causal mask n is m.
 
-    The last window has all keys that only some of the queries see, so these are as many as fit, at most.
+    ``out`` is a place for the result, ``[n, Hq, 128]``, where the library can use one.
     """
-    windows = -(-keys // (room // _TOKEN_BYTES))  # of one head, at least
-    fitting = min(_QUERY_BYTES // num_heads, _RESULT_BYTES // (num_heads // heads * windows)) // _VECTOR_BYTES
-    return max(min(fitting // 128 * 128, room // _TOKEN_BYTES - 16), 16)
+    if library == "fa3":
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        return dense.flash_attention_3(q, k, v, causal, scale, out=out)
+    # without a mask, the query heads of a group are just more queries of their KV head
+    queries = q[None] if causal else q.view(1, len(k), -1, 128)
+    out, lse = dense.cudnn(queries, k[None], v[None], causal, scale)
+    return out.view(q.shape).transpose(0, 1), lse.view(q.shape[:2]).T
 
 
-def _attend_causally(
-    s: _Sequence, windows: _Windows, split: _Split, keys: int, heads: int, peaks: torch.Tensor, layout: PageLayout,
-    scale: float,
-) -> None:  # fmt: skip
-    """The result of queries that are the last of a sequence's ``keys`` tokens; the chunk may have begun before them."""
+# --- many windows -----------------------------------------------------------------------------------------------------
+
+
+class _Group(NamedTuple):
+    """Some queries, some KV heads, and the windows that they read one after the other.
+
+    Attributes:
+        begin: First of the chunk's queries.
+        rows: Their number.
+        first: KV head.
+        heads: KV heads.
+        windows: Tokens: from one on, and before another.
+    """
+
+    begin: int
+    rows: int
+    first: int
+    heads: int
+    windows: tuple[tuple[int, int], ...]
+
+
+@lru_cache(maxsize=1024)
+def _groups(
+    count: int, heads: int, group: int, prefix: int, packed: bool, room: int, processors: int, shares: bool
+) -> tuple[_Group, ...]:
+    """Who reads a prefix of ``prefix`` tokens; with ``packed`` the first window ends with the queries' own tokens.
+
+    Windows are of ``room`` bytes at most. Two groups are served at a time: their rotated queries and partial results
+    are bounded, too. Queries are cut where those of one head are more; then each part reads all keys before it.
+    """
+    most = _most_queries(prefix + count if packed else prefix, group, packed, room)
+    parts = -(-count // most)
+    most = min(-(-count // (128 * parts)) * 128, most)  # about as many as each other
+    groups = []
+    for begin in range(0, count, most):
+        rows, before = min(most, count - begin), prefix + begin if packed else prefix
+        split = _split(group * rows, heads, before, rows if packed else 0, room, processors, shares)
+        windows = [(at, min(at + split.tokens, before)) for at in range(0, before, split.tokens)]
+        if packed:
+            windows.insert(0, (before // 16 * 16, before + rows))
+        for first in range(0, heads, split.heads):
+            groups.append(_Group(begin, rows, first, min(split.heads, heads - first), tuple(windows)))
+    return tuple(groups)
+
+
+def _most_queries(keys: int, group: int, packed: bool, room: int) -> int:
+    """How many queries of a KV head's ``group`` fit, with as many partial results as there are windows of one head."""
+    windows = max(1, -(-keys // (room // _TOKEN_BYTES))) + packed
+    fitting = min(_QUERY_BYTES, _RESULT_BYTES // windows) // (2 * group * _VECTOR_BYTES)
+    return max(min(fitting // 128 * 128, (room // _TOKEN_BYTES - 16) // 16 * 16), 16)
+
+
+class _Lane:
+    """A stream, with memory for a window and for a group's rotated queries and partial results."""
+
+    def __init__(self, stream: torch.cuda.Stream, windows: _Windows, memory: torch.Tensor) -> None:
+        """``memory`` is ``[n, rows, 128]``, for queries and n - 1 results: none if the library allocates them."""
+        self.stream, self.windows = stream, windows
+        self._queries, *self._results = memory.unbind()
+
+    def queries(self, num_heads: int, rows: int) -> torch.Tensor:
+        """Memory ``[num_heads, rows, 128]``."""
+        return self._queries[: num_heads * rows].view(num_heads, rows, 128)
+
+    def result(self, at: int, num_heads: int, rows: int) -> torch.Tensor | None:
+        """Memory ``[rows, num_heads, 128]`` for that of a window."""
+        return self._results[at][: num_heads * rows].view(rows, num_heads, 128) if self._results else None
+
+
+def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float, library: str) -> None:
+    """The result of a chunk of many rows, from the windows of its prefix and from its attention to itself.
+
+    Groups of heads are served in turns on two streams, where that takes longer than the host takes for it. So the
+    library's kernel for one begins wherever that for another has ended, and windows are expanded where it leaves a
+    processor free.
+    """
     count, num_heads, _ = s.q.shape
-    group = num_heads // heads
-    queries = torch.empty((num_heads, count, 128), dtype=torch.float16, device=s.q.device)
-    jobs: list[Job] = [(s.q, queries, QUERIES)]
-    for first in range(0, heads, split.heads):
-        width = min(split.heads, heads - first)
-        group_heads = slice(first * group, (first + width) * group)
-        states = []
-        for start, end in _cuts(keys, count, split.tokens):
-            k, v = windows.read(first, width, start, end, s.context)
-            if s.chunk is not None and end > s.context:
-                own = slice(max(start, s.context) - s.context, end - s.context)
-                at = max(s.context - start, 0)
-                for x, to, side in zip(s.chunk, (k, v), (KEYS, VALUES), strict=True):
-                    jobs.append((x[own, first : first + width], to[:, at:], side))
-            if jobs:
-                rotate(jobs, peaks, layout)
-                jobs = []
-            q, k, v = (x.transpose(0, 1) for x in (queries[group_heads], k, v))
-            states.append(dense.flash_attention_3(q, k, v, end == keys, scale))
-        merge(states, [], peaks, layout, s.out[:, group_heads], s.lse[:, group_heads])
+    device, heads, processors = pages.device, pages.shape[1], _processors(pages.device)
+    group, prefix = num_heads // heads, s.context if s.chunk is not None else s.context - count
+    takes = -(-count * num_heads // 128) * prefix / (processors * _KEYS_PER_MICROSECOND)
+    number = 2 if heads > 1 and takes >= _LONG else 1
+    groups = _groups(count, heads, group, prefix, s.chunk is None, WINDOW_BYTES // number, processors, library == "fa3")
+    s = s._replace(q=_readable(s.q, s.q.dtype))
+    main = torch.cuda.current_stream(device)
+    lanes = _lanes([main, runtime.second_stream(device)][:number], s, pages, layout, groups, group, library)
+    other = lanes[-1].stream  # it has the first group
+    peaks = expand.no_peaks(device)
+    other.wait_event(main.record_event())  # behind what had the memory before
+    try:
+        with _on(other, main):
+            expand.find_peaks(pages, s.table, layout, tokens=s.context, peaks=peaks)
+        found = other.record_event()
+        own = None if s.chunk is None else _attend_to_itself(s, s.chunk, scale, library)
+        attended = main.record_event()
+        main.wait_event(found)
+        for at, x in enumerate(groups):
+            lane = lanes[(at + 1) % number]
+            with _on(lane.stream, main):
+                states = _partial_results(lane, x, s, own is None, peaks, group, scale * _ROOM / _LIFT, library)
+                if at == 0:
+                    other.wait_event(attended)
+                plain = [] if own is None else [(_of_group(own[0], x, group), _of_group(own[1], x, group))]
+                merge(states, plain, peaks, _of_group(s.out, x, group), _of_group(s.lse, x, group))
+    finally:
+        main.wait_event(other.record_event())  # what is freed here is read there
 
 
-def _cuts(keys: int, rows: int, tokens: int) -> list[tuple[int, int]]:
-    """Where windows of a number of tokens begin and end; the last has the last ``rows`` keys, and may be the larger for
-    it. That number is 16 more than ``rows`` at least."""
-    starts = list(range(0, keys, tokens))
-    starts[-1] = min(starts[-1], (keys - rows) // 16 * 16)
-    return list(zip(starts, [*starts[1:], keys], strict=True))
+def _lanes(
+    streams: list[torch.cuda.Stream], s: _Sequence, pages: torch.Tensor, layout: PageLayout,
+    groups: tuple[_Group, ...], group: int, library: str,
+) -> list[_Lane]:  # fmt: skip
+    """One for each stream, with room for all groups."""
+    vectors = max(x.heads * (end - start) for x in groups for start, end in x.windows)
+    rows = max(x.heads * group * x.rows for x in groups)
+    results = max(len(x.windows) for x in groups) if library == "fa3" and dense.writes_into() else 0
+    lanes = []
+    for stream in streams:
+        windows = _Windows(pages, s.table, layout, s.q.dtype, vectors)
+        memory = torch.empty(1 + results, rows, 128, dtype=torch.float16, device=pages.device)
+        lanes.append(_Lane(stream, windows, memory))
+    return lanes
 
 
-# --- prefix and chunk apart: cuDNN ------------------------------------------------------------------------------------
+def _partial_results(
+    lane: _Lane, x: _Group, s: _Sequence, packed: bool, peaks: torch.Tensor, group: int, scale: float, library: str
+) -> list[State]:
+    """Of each window, on the current stream."""
+    queries = lane.queries(x.heads * group, x.rows)
+    states = []
+    for at, (start, end) in enumerate(x.windows):
+        k, v = lane.windows.read(peaks, x.first, x.heads, start, end, end)
+        if not at:
+            rotate([(_of_group(s.q, x, group), queries, QUERIES)], peaks)
+        own = packed and not at
+        if own:  # the window begins with the tile of the first
+            k, v = k[:, -x.rows :], v[:, -x.rows :]
+        states.append(_attend_to(library, queries, k, v, own, scale, lane.result(at, *queries.shape[:2])))
+    return states
+
+
+def _of_group(x: torch.Tensor, which: _Group, group: int) -> torch.Tensor:
+    """What of x ``[n, Hq, ...]`` is its."""
+    return _rows(x, which.begin, which.begin + which.rows).narrow(1, which.first * group, which.heads * group)
+
+
+def _on(stream: torch.cuda.Stream, current: torch.cuda.Stream) -> AbstractContextManager[object]:
+    """Inside, ``stream`` is torch's current one, which it may be already."""
+    return nullcontext() if stream is current else torch.cuda.stream(stream)
+
+
+def _attend_to_itself(s: _Sequence, chunk: tuple[torch.Tensor, torch.Tensor], scale: float, library: str) -> State:
+    """A chunk's attention to its own K and V: in ``s.out`` if the library puts it there, or if it is large."""
+    k, v = (_readable(x, s.q.dtype) for x in chunk)
+    heads, group = k.shape[1], s.q.shape[1] // k.shape[1]
+    width = max(1, _RESULT_BYTES // (len(s.q) * group * _VECTOR_BYTES))
+    if library == "fa3" and (width >= heads or dense.writes_into()):
+        return dense.flash_attention_3(s.q, k, v, True, scale, out=s.out)
+    if width >= heads:
+        return _causal(s.q, k, v, scale)
+    lse = torch.empty_like(s.lse)
+    for first in range(0, heads, width):
+        of_heads, of_queries = slice(first, first + width), slice(first * group, (first + width) * group)
+        given = s.q[:, of_queries], k[:, of_heads], v[:, of_heads]
+        if library == "fa3":  # not kept in a variable beside the next
+            s.out[:, of_queries], lse[:, of_queries] = dense.flash_attention_3(*given, True, scale)
+        else:
+            s.out[:, of_queries], lse[:, of_queries] = _causal(*given, scale)
+    return s.out, lse
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> State:
-    """A chunk's attention to itself: q ``[n, Hq, 128]``, k and v ``[n, H, 128]``."""
+    """A chunk's attention to itself by cuDNN: q ``[n, Hq, 128]``, k and v ``[n, H, 128]``."""
     q, k, v = (_readable(x, q.dtype).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     out, lse = dense.cudnn(q, k, v, True, scale)
     return out[0].transpose(0, 1), lse[0].T
-
-
-def _attend_apart(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float) -> None:
-    """The result of a chunk of many rows, from the windows of its prefix and from its attention to itself.
-
-    That is launched first, to keep the GPU busy while the host prepares the rest.
-    """
-    count, num_heads, _ = s.q.shape
-    heads = pages.shape[1]
-    group = num_heads // heads
-    plain = [] if s.chunk is None else [_causal(s.q, *s.chunk, scale)]
-    prefix = s.context if s.chunk is not None else s.context - count
-    split = _split(group * count, heads, prefix, WINDOW_BYTES, _processors(pages.device))
-
-    peaks, rotated_scale = expand.find_peaks(pages, s.table, layout, tokens=s.context), scale * _ROOM / _LIFT
-    queries = torch.empty((num_heads, count, 128), dtype=torch.float16, device=s.q.device)
-    rotate([(_readable(s.q, s.q.dtype), queries, QUERIES)], peaks, layout)
-    # the chunk's own tokens, if they are in the pages too; before the others, so that these take their memory
-    packed = [] if s.chunk is not None else [_causal_packed(s, pages, queries, prefix, layout, peaks, rotated_scale)]
-    # without a mask, the query heads of a group are just more queries of their KV head
-    folded = queries.view(1, heads, -1, 128)
-    windows = _Windows(pages, s.table, layout, peaks, split.heads * min(split.tokens, prefix))
-    for first in range(0, heads, split.heads):
-        width = min(split.heads, heads - first)
-        group_heads, shape = slice(first * group, (first + width) * group), (width * group, count)
-        states = []
-        for start in range(0, prefix, split.tokens):
-            k, v = windows.read(first, width, start, min(start + split.tokens, prefix), prefix)
-            out, lse = dense.cudnn(folded[:, first : first + width], k[None], v[None], False, rotated_scale)
-            states.append((out.view(*shape, 128).transpose(0, 1), lse.view(shape).T))
-        states += _of_heads(packed, group_heads)
-        merge(states, _of_heads(plain, group_heads), peaks, layout, s.out[:, group_heads], s.lse[:, group_heads])
-
-
-def _of_heads(states: list[State], heads: slice) -> list[State]:
-    return [(out[:, heads], lse[:, heads]) for out, lse in states]
-
-
-def _causal_packed(
-    s: _Sequence, pages: torch.Tensor, queries: torch.Tensor, prefix: int, layout: PageLayout, peaks: torch.Tensor,
-    scale: float,
-) -> State:  # fmt: skip
-    """A chunk's attention to itself from the pages, where it begins at ``prefix``: rotated queries ``[Hq, n, 128]``."""
-    heads, start = pages.shape[1], prefix // 16 * 16
-    group, tokens = len(queries) // heads, s.context - start
-    width = max(1, min(heads, WINDOW_BYTES // (_TOKEN_BYTES * tokens)))
-    windows, states = _Windows(pages, s.table, layout, peaks, width * tokens), []
-    for first in range(0, heads, width):
-        k, v = windows.read(first, min(width, heads - first), start, s.context, s.context)
-        own_k, own_v = (x[:, prefix - start :].transpose(0, 1) for x in (k, v))
-        own_q = queries[first * group : (first + width) * group].transpose(0, 1)
-        states.append(_causal(own_q, own_k, own_v, scale))
-    if len(states) == 1:
-        return states[0]
-    return torch.cat([out for out, _ in states], dim=1), torch.cat([lse for _, lse in states], dim=1)

@@ -420,6 +420,12 @@ def _cu_launch_kernel() -> Any:
     return function
 
 
+@lru_cache(maxsize=64)
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """One of each device, for what may be done beside the current stream's work."""
+    return torch.cuda.Stream(device)
+
+
 class Kernel:
     """A compiled kernel, loaded on one device. Made by :func:`kernel`."""
 
@@ -443,8 +449,8 @@ class Kernel:
             shared_bytes: Dynamic shared memory of a block; the kernel's limit is raised as needed.
             *args: In the order of the kernel's parameters. A tensor is a pointer to its first element, None the null
                 pointer, bool and int are int32, float is float32; a ctypes instance is passed by value as it is.
-            early: The kernel calls ``wait_for_predecessors`` before it reads anything, so its blocks may start before
-                the kernels ahead of it have ended (programmatic dependent launch).
+            early: Every thread calls ``wait_for_predecessors`` before it writes, or reads what the kernels ahead may
+                still write, so blocks may start before these have ended (programmatic dependent launch).
 
         Raises:
             CudaError: The driver refuses the launch.
