@@ -229,11 +229,14 @@ class CompressedImpl(AttentionImpl[Metadata]):
                 batch_invariant=self.batch_invariant,
             )  # fmt: skip
         del decodes, q
-        # a chunk as long as any, behind a prefix that fills the windows, as far as a request has room for both
+        # a chunk as long as any, and one that is read at once, each behind a prefix that fills the windows, as far as a
+        # request has room for both
         fills = WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
         context = min(fills, self._max_tokens // 2)
+        most = self._max_tokens - context
+        few = min(WINDOW_BYTES // (8 * self.num_heads * layout.head_size), most)
         # and beginnings of prompts, and their ends, a token or some, which have kernels of their own
-        for before, count in ((context, self._max_tokens - context), (0, len(query)), (1, 1), (1, 3)):
+        for before, count in ((context, most), (context, few), (0, len(query)), (1, 1), (1, 3)):
             new, exact = min(len(query), count), self.settings.chunk == "exact" and not self.shares
             with torch.inference_mode(False):
                 read = torch.tensor([before if exact else before + new], dtype=torch.int32, device=device)
