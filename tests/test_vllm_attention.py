@@ -441,14 +441,17 @@ def test_serving_compiles_nothing_that_the_warm_up_has_not(
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", invariant)
     kernels, none = Compiled(), SimpleNamespace(multi_processor_count=132)
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(q: torch.Tensor, *args: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.empty_like(q), torch.zeros(q.shape[:-1])
+
+    stream = SimpleNamespace(cuda_stream=0, record_event=lambda: None, wait_event=lambda event: None)
 
     for owner, name, value in (
         (cuda.runtime, "kernel", kernels), (cuda, "available", lambda device: None),
         (cuda.dense, "choose", lambda device: library), (cuda.dense, "cudnn", attend),
-        (cuda.dense, "flash_attention_3", attend), (torch.cuda, "get_device_properties", lambda index: none),
-        (torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0)),
+        (cuda.dense, "flash_attention_3", attend), (cuda.dense, "writes_into", lambda: True),
+        (torch.cuda, "get_device_properties", lambda index: none),
+        (torch.cuda, "current_stream", lambda device: stream), (cuda.runtime, "second_stream", lambda device: stream),
         (torch.cuda, "is_current_stream_capturing", lambda: False), (torch.cuda, "synchronize", lambda index: None),
     ):  # fmt: skip
         monkeypatch.setattr(owner, name, value)
