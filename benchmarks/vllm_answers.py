@@ -353,7 +353,7 @@ def compare_divergences(exact: dict[str, Any], answers: dict[str, dict[str, Any]
                 text += (
                     f", further than {FIRST} by {more:+.5f} [{low:+.5f}, {high:+.5f}], median "
                     f"{row['further_median']:+.5f}, in {row['further_share']:.0%} of prompts (equal in "
-                    f"{row['equal_share']:.0%}){'' if low <= 0 <= high else '  DIFFERS'}"
+                    f"{row['equal_share']:.0%}){'  FURTHER' if low > 0 else '  NEARER' if high < 0 else ''}"
                 )
         rows.append(row | {"kl_of_prompts": values, "positions": positions} | _facts(its))
         print(f"{mode:>21}: {text}{_met(mode, its, positions)}")

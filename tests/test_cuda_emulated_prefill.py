@@ -369,10 +369,12 @@ def test_how_keys_are_cut() -> None:
 @pytest.mark.parametrize(
     ("count", "heads", "group", "prefix"),
     [(2048, 8, 4, 30720), (8192, 8, 4, 30720), (40000, 8, 4, 17), (2048, 32, 1, 10**6), (300, 1, 32, 10**6),
-     (70000, 4, 8, 1), (65, 3, 1, 5), (2048, 2, 64, 131072)],
+     (70000, 4, 8, 1), (65, 3, 1, 5), (2048, 2, 64, 131072), (8193, 4, 8, 500_000), (20_000, 8, 8, 200_000)],
 )  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
-def test_who_reads_what(packed: bool, count: int, heads: int, group: int, prefix: int) -> None:
+def test_who_reads_what(
+    packed: bool, count: int, heads: int, group: int, prefix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All queries read all keys before them once, and what exists at a time is bounded."""
     room = prefill.WINDOW_BYTES // 2
     groups = prefill._groups(count, heads, group, prefix, packed, room, 132, True)
@@ -393,28 +395,39 @@ def test_who_reads_what(packed: bool, count: int, heads: int, group: int, prefix
         vectors = 2 * x.heads * group * x.rows
         assert vectors * 256 <= prefill._QUERY_BYTES
         assert vectors * 256 * len(x.windows) <= prefill._RESULT_BYTES
+    layout, meta = PageLayout.of("k4v4", 128, page_size=64), torch.device("meta")
+    q = torch.empty(count, heads * group, 128, dtype=BF16, device=meta)
+    table = torch.empty(1, 1, dtype=torch.int32, device=meta)
+    s = prefill._Sequence(q, None, table, prefix, table, q, q)
+    pages = torch.empty(layout.page_shape(1, heads), dtype=torch.uint8, device=meta)
+    monkeypatch.setattr(expand, "plan", lambda *_: None)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func, takes_out=True))
+    lanes = prefill._lanes([mock.Mock(), mock.Mock()], s, pages, layout, groups, group, "fa3")
+    memory = [(sum(x.nbytes for x in lane.windows._memory), lane._memory.nbytes) for lane in lanes]
+    assert sum(windows for windows, _ in memory) <= prefill.WINDOW_BYTES
+    assert sum(others for _, others in memory) <= prefill._QUERY_BYTES + prefill._RESULT_BYTES
+    for x, lane in ((x, lane) for x in groups for lane in lanes):
+        parts = [lane.queries(x.heads * group, x.rows)]
+        parts += [lane.result(at, x.heads * group, x.rows) for at in range(len(x.windows))]
+        starts = [y.storage_offset() for y in parts]
+        assert [y - z for y, z in zip(starts[1:], starts, strict=False)] == [parts[0].numel()] * len(x.windows)
 
 
-def test_two_streams_where_it_takes_long(device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the second stream does is between a beginning that waits for the first, and an end that this waits for."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_streams_where_it_takes_long(packed: bool, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on which, and what waits for what: nothing is read that the other stream may still write."""
     seen: list[str] = []
 
     class Stream:
-        cuda_stream = 0
-
-        def __init__(self, name: str) -> None:
-            self.name = name
+        def __init__(self, number: int) -> None:
+            self.cuda_stream = number
 
         def record_event(self) -> str:
-            seen.append(f"{self.name} marks")
-            return self.name
+            seen.append(f"{self.cuda_stream} marks")
+            return str(self.cuda_stream)
 
         def wait_event(self, event: str) -> None:
-            seen.append(f"{self.name} waits for {event}")
-
-    def attend(library: str, *args: Any, **named: Any) -> Any:
-        seen.append(f"{current[-1].name} attends")
-        return attend_to(library, *args, **named)
+            seen.append(f"{self.cuda_stream} waits for {event}")
 
     @contextmanager
     def on(stream: Stream) -> Iterator[None]:
@@ -422,29 +435,68 @@ def test_two_streams_where_it_takes_long(device: EmulatedDevice, monkeypatch: py
         yield
         current.pop()
 
-    first, second = Stream("first"), Stream("second")
-    current, attend_to = [first], prefill._attend_to
+    def watch(owner: Any, name: str, what: str) -> None:
+        function = getattr(owner, name)
+
+        def called(*args: Any, **named: Any) -> Any:
+            seen.append(f"{current[-1].cuda_stream} {what}")
+            return function(*args, **named)
+
+        monkeypatch.setattr(owner, name, called)
+
+    def attend(**named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        for name in ("cu_seqlens_q", "cu_seqlens_k"):
+            assert made[named[name].data_ptr()] == current[-1].cuda_stream
+        return flash_attn_varlen_func(**named)
+
+    def arange(*args: Any, **named: Any) -> torch.Tensor:
+        result = plain_arange(*args, **named)
+        made[result.data_ptr()] = current[-1].cuda_stream
+        kept.append(result)
+        return result
+
+    current, made, kept, plain_arange = [Stream(1)], {}, [], torch.arange
+    second = Stream(2)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
     monkeypatch.setattr(torch.cuda, "stream", on)
     monkeypatch.setattr(runtime, "second_stream", lambda device: second)
-    monkeypatch.setattr(prefill, "_attend_to", attend)
+    for owner, name, what in (
+        (prefill, "_attend_to", "attends"), (prefill, "_attend_to_itself", "attends to itself"),
+        (prefill, "rotate", "rotates"), (prefill, "merge", "merges"), (expand, "find_peaks", "looks for peaks"),
+        (expand, "expand_heads", "expands"), (expand, "no_peaks", "begins"),
+    ):  # fmt: skip
+        watch(owner, name, what)
     monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
-    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func, takes_out=True))
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(attend, takes_out=True))
+    monkeypatch.setattr(torch, "arange", arange)
     monkeypatch.setattr(prefill, "WINDOW_BYTES", 2 * 160 * 512)
     layout = PageLayout.of("k4v4", 128, page_size=16)
     cache = make_cache(layout, (150,), heads=3)
-    q, k, v = (noise(101, count, 128, seed=seed).to(BF16) for seed, count in enumerate((6, 3, 3)))
-    for long, streams in ((0.0, ["second", "first", "second"]), (1e9, ["first"] * 2)):
+    q, k, v = (noise(41, count, 128, seed=seed).to(BF16) for seed, count in enumerate((6, 3, 3)))
+    own = {} if packed else {"k": k, "v": v}
+    reads = ["expands", "rotates", "attends", *(["expands", "attends"] if packed else [])]
+    attends_first = [] if packed else ["1 attends to itself"]
+
+    def group(stream: int, first: bool = False) -> list[str]:
+        return [*(f"{stream} {what}" for what in reads), *(["2 waits for 1"] if first else []), f"{stream} merges"]
+
+    for long in (0.0, 1e9):
+        dense._bounds.cache_clear()
         monkeypatch.setattr(prefill, "_LONG", long)
         seen.clear()
         with dense.engine("fa3"):
             ops.prefill_attention(
-                q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 101]), layout, scale=0.1, k=k, v=v
+                q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 41]), layout, scale=0.1, **own
             )
-        assert [x.split()[0] for x in seen if x.endswith("attends")] == streams
         if long == 0.0:
-            assert seen[:2] == ["first marks", "second waits for first"]
-            assert seen[-2:] == ["second marks", "first waits for second"]
+            assert seen == [
+                "1 begins", "1 marks", "2 waits for 1", "2 looks for peaks", "2 marks", *attends_first, "1 marks",
+                "1 waits for 2", *group(2, first=True), *group(1), *group(2), "2 marks", "1 waits for 2",
+            ]  # fmt: skip
+        else:
+            assert not any("2" in what for what in seen)
+            assert "1 merges" in seen
+    dense._bounds.cache_clear()
 
 
 def test_vectors_are_rotated(device: EmulatedDevice) -> None:

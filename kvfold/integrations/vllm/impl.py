@@ -19,7 +19,7 @@ from kvfold.integrations.vllm.metadata import Metadata
 from kvfold.integrations.vllm.settings import EngineConfigError, Settings
 from kvfold.layerformats import ModelFormat
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda.prefill import WINDOW_BYTES
+from kvfold.ops.cuda.prefill import SCRATCH_BYTES, WINDOW_BYTES
 
 logger = init_logger("vllm.kvfold.impl")
 
@@ -229,14 +229,12 @@ class CompressedImpl(AttentionImpl[Metadata]):
                 batch_invariant=self.batch_invariant,
             )  # fmt: skip
         del decodes, q
-        # a chunk as long as any, and one that is read at once, each behind a prefix that fills the windows, as far as a
-        # request has room for both
+        # a chunk as long as any, behind a prefix that needs windows, as far as a request has room for both, one that is
+        # read at once, beginnings of prompts, and their ends, a token or some, which have kernels of their own
         fills = WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
         context = min(fills, self._max_tokens // 2)
-        most = self._max_tokens - context
-        few = min(WINDOW_BYTES // (8 * self.num_heads * layout.head_size), most)
-        # and beginnings of prompts, and their ends, a token or some, which have kernels of their own
-        for before, count in ((context, most), (context, few), (0, len(query)), (1, 1), (1, 3)):
+        few = min(PAGE_SIZE, context)
+        for before, count in ((context, self._max_tokens - context), (few, few), (0, len(query)), (1, 1), (1, 3)):
             new, exact = min(len(query), count), self.settings.chunk == "exact" and not self.shares
             with torch.inference_mode(False):
                 read = torch.tensor([before if exact else before + new], dtype=torch.int32, device=device)
@@ -246,6 +244,7 @@ class CompressedImpl(AttentionImpl[Metadata]):
                 query[:new], pages, table, read, bounds, layout, scale=self.scale, softcap=self.softcap,
                 k=key[:new] if exact else None, v=value[:new] if exact else None,
             )  # fmt: skip
+        torch.empty(SCRATCH_BYTES, dtype=torch.uint8, device=device)  # other lengths take more, up to this
 
 
 _warm: set[tuple[Any, ...]] = set()

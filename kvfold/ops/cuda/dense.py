@@ -145,7 +145,11 @@ def flash_attention_3(
     function, _, takes_out = _flash_attention_3()
     assert function is not None  # or choose() would not have taken it
     into = {"out": out} if out is not None and takes_out else {}
-    of_q, of_k = (_bounds(len(x), x.device) if bounds is None else bounds for x in (q, k))
+    if bounds is None:
+        stream = torch.cuda.current_stream(q.device).cuda_stream
+        of_q, of_k = (_bounds(len(x), x.device, stream) for x in (q, k))
+    else:
+        of_q = of_k = bounds
     result, lse, *_ = function(
         q=q, k=k, v=v, cu_seqlens_q=of_q, cu_seqlens_k=of_k, max_seqlen_q=longest or len(q),
         max_seqlen_k=longest or len(k), softmax_scale=scale, causal=causal, **into,
@@ -154,8 +158,11 @@ def flash_attention_3(
 
 
 @lru_cache(maxsize=1024)
-def _bounds(length: int, device: torch.device) -> torch.Tensor:
-    """``[0, length]``, made on the device: a copy from the host would wait for it."""
+def _bounds(length: int, device: torch.device, stream: int) -> torch.Tensor:
+    """``[0, length]``, made on the device: a copy from the host would wait for it.
+
+    Each stream has its own, as it is made there, and no other one waits for that.
+    """
     return torch.arange(0, length + 1, length, dtype=torch.int32, device=device)
 
 

@@ -7,8 +7,8 @@ results are un-rotated (``prefill.cu``). Chunks of a few tokens go to the decode
 
 A chunk attends to itself and, apart, to the windows of its prefix, and partial results are joined by their
 log-sum-exp. Long work is done on two streams, with a window for each (:func:`_attend_in_windows`). Where all keys fit
-in one window, FlashAttention-3 (``dense`` says when there is one) makes a single causal call, the chunk's own K and V
-rotated into the window behind the prefix.
+in one window, and not too many queries are waiting, FlashAttention-3 (``dense`` says when there is one) makes a single
+causal call, the chunk's own K and V rotated into the window behind the prefix.
 
 A window is some KV heads by some tokens (:func:`_split`), and float16 whatever q is: bfloat16 would add 2^-9 to every
 K, V and rotated q, and 4e-3 and more to the result. V alone has 8 significant bits where q is bfloat16, which is 1e-3
@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -43,6 +44,9 @@ _LONG = 800.0  # microseconds of attention behind which the host's launches for 
 _KEYS_PER_MICROSECOND = 81.0  # that a processor reads for 128 query rows, on an H200
 _QUERY_BYTES = 16 * 2**20  # of rotated queries at a time
 _RESULT_BYTES = 32 * 2**20  # of partial results at a time
+SCRATCH_BYTES = WINDOW_BYTES + _QUERY_BYTES + _RESULT_BYTES
+"""What a prefill takes at most beside its result, and beside what the library itself takes. A library that allocates
+its results, as cuDNN does, has as many partial results again: those of the chunk's attention to itself."""
 _VECTOR_BYTES = 2 * 128  # of such a query or result
 _CAPACITY = 16  # partial results that are joined at once, unless there are more
 
@@ -340,11 +344,25 @@ def _attend_to_beginnings(
     starts = cu_seqlens[first : first + len(bounds)]
     own_q, own_k, own_v = (_readable(_rows(x, begin, end), q.dtype) for x in (q, k, v))
     starts = (starts - begin if begin else starts).int()
-    own_out = _rows(out, begin, end)
-    result, states = dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest, own_out)
-    if result is not own_out:
-        own_out.copy_(result)
-    lse[begin:end] = states
+    own_out, own_lse = _rows(out, begin, end), _rows(lse, begin, end)
+    if dense.writes_into():
+        own_lse.copy_(dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest, own_out)[1])
+    else:
+        attend = partial(dense.flash_attention_3, causal=True, scale=scale, bounds=starts, longest=longest)
+        _attend_by_heads(attend, own_q, own_k, own_v, own_out, own_lse)
+
+
+def _attend_by_heads(
+    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], State],
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+) -> None:  # fmt: skip
+    """Attention by a library that allocates its results, of so many heads at a time as these may have room for."""
+    heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    width = max(1, _RESULT_BYTES // (len(q) * group * _VECTOR_BYTES))
+    for first in range(0, heads, width):
+        of_heads, of_queries = slice(first, first + width), slice(first * group, (first + width) * group)
+        # not kept in a variable beside the next
+        out[:, of_queries], lse[:, of_queries] = attend(q[:, of_queries], k[:, of_heads], v[:, of_heads])
 
 
 def _elsewhere(
@@ -378,6 +396,9 @@ def _attend(s: _Sequence, pages: torch.Tensor, layout: PageLayout, options: Atte
             _attend_at_once(s, pages, layout, options.scale)
         else:
             _attend_in_windows(s, pages, layout, options.scale, library)
+        return
+    if s.chunk is not None and not s.context:
+        _attend_by_heads(partial(_causal, scale=options.scale), s.q, *s.chunk, s.out, s.lse)
         return
     plain = [] if s.chunk is None else [_causal(s.q, *s.chunk, options.scale)]
     if s.context:
@@ -475,24 +496,26 @@ def _most_queries(keys: int, group: int, packed: bool, room: int) -> int:
     """How many queries of a KV head's ``group`` fit, with as many partial results as there are windows of one head."""
     windows = max(1, -(-keys // (room // _TOKEN_BYTES))) + packed
     fitting = min(_QUERY_BYTES, _RESULT_BYTES // windows) // (2 * group * _VECTOR_BYTES)
-    return max(min(fitting // 128 * 128, (room // _TOKEN_BYTES - 16) // 16 * 16), 16)
+    fitting = min(fitting, room // _TOKEN_BYTES - 16)  # own keys begin in a tile
+    return max(fitting // (128 if fitting >= 128 else 16), 1) * (128 if fitting >= 128 else 16)
 
 
 class _Lane:
     """A stream, with memory for a window and for a group's rotated queries and partial results."""
 
-    def __init__(self, stream: torch.cuda.Stream, windows: _Windows, memory: torch.Tensor) -> None:
-        """``memory`` is ``[n, rows, 128]``, for queries and n - 1 results: none if the library allocates them."""
+    def __init__(self, stream: torch.cuda.Stream, windows: _Windows, memory: torch.Tensor, places: bool) -> None:
+        """``memory`` is ``[n, 128]``, and has ``places`` for results unless the library allocates them."""
         self.stream, self.windows = stream, windows
-        self._queries, *self._results = memory.unbind()
+        self._memory, self._places = memory, places
 
     def queries(self, num_heads: int, rows: int) -> torch.Tensor:
         """Memory ``[num_heads, rows, 128]``."""
-        return self._queries[: num_heads * rows].view(num_heads, rows, 128)
+        return self._memory[: num_heads * rows].view(num_heads, rows, 128)
 
     def result(self, at: int, num_heads: int, rows: int) -> torch.Tensor | None:
-        """Memory ``[rows, num_heads, 128]`` for that of a window."""
-        return self._results[at][: num_heads * rows].view(rows, num_heads, 128) if self._results else None
+        """Memory ``[rows, num_heads, 128]`` for that of a window, behind the queries."""
+        size = num_heads * rows
+        return self._memory[(at + 1) * size :][:size].view(rows, num_heads, 128) if self._places else None
 
 
 def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float, library: str) -> None:
@@ -512,6 +535,7 @@ def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, sc
     main = torch.cuda.current_stream(device)
     lanes = _lanes([main, runtime.second_stream(device)][:number], s, pages, layout, groups, group, library)
     other = lanes[-1].stream  # it has the first group
+    # A kernel that begins behind all others on this stream, as early ones that read q, pages and the chunk rely on.
     peaks = expand.no_peaks(device)
     other.wait_event(main.record_event())  # behind what had the memory before
     try:
@@ -537,15 +561,15 @@ def _lanes(
     streams: list[torch.cuda.Stream], s: _Sequence, pages: torch.Tensor, layout: PageLayout,
     groups: tuple[_Group, ...], group: int, library: str,
 ) -> list[_Lane]:  # fmt: skip
-    """One for each stream, with room for all groups."""
+    """One for each stream, with room for each of the groups."""
     vectors = max(x.heads * (end - start) for x in groups for start, end in x.windows)
-    rows = max(x.heads * group * x.rows for x in groups)
-    results = max(len(x.windows) for x in groups) if library == "fa3" and dense.writes_into() else 0
+    places = library == "fa3" and dense.writes_into()
+    rows = max(x.heads * group * x.rows * (1 + places * len(x.windows)) for x in groups)
     lanes = []
     for stream in streams:
         windows = _Windows(pages, s.table, layout, s.q.dtype, vectors)
-        memory = torch.empty(1 + results, rows, 128, dtype=torch.float16, device=pages.device)
-        lanes.append(_Lane(stream, windows, memory))
+        memory = torch.empty(rows, 128, dtype=torch.float16, device=pages.device)
+        lanes.append(_Lane(stream, windows, memory, places))
     return lanes
 
 
@@ -579,20 +603,16 @@ def _on(stream: torch.cuda.Stream, current: torch.cuda.Stream) -> AbstractContex
 def _attend_to_itself(s: _Sequence, chunk: tuple[torch.Tensor, torch.Tensor], scale: float, library: str) -> State:
     """A chunk's attention to its own K and V: in ``s.out`` if the library puts it there, or if it is large."""
     k, v = (_readable(x, s.q.dtype) for x in chunk)
-    heads, group = k.shape[1], s.q.shape[1] // k.shape[1]
-    width = max(1, _RESULT_BYTES // (len(s.q) * group * _VECTOR_BYTES))
-    if library == "fa3" and (width >= heads or dense.writes_into()):
+    if library == "fa3" and dense.writes_into():
         return dense.flash_attention_3(s.q, k, v, True, scale, out=s.out)
-    if width >= heads:
-        return _causal(s.q, k, v, scale)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
+        return dense.flash_attention_3(q, k, v, True, scale) if library == "fa3" else _causal(q, k, v, scale)
+
+    if s.q.numel() * 2 <= _RESULT_BYTES:
+        return attend(s.q, k, v)
     lse = torch.empty_like(s.lse)
-    for first in range(0, heads, width):
-        of_heads, of_queries = slice(first, first + width), slice(first * group, (first + width) * group)
-        given = s.q[:, of_queries], k[:, of_heads], v[:, of_heads]
-        if library == "fa3":  # not kept in a variable beside the next
-            s.out[:, of_queries], lse[:, of_queries] = dense.flash_attention_3(*given, True, scale)
-        else:
-            s.out[:, of_queries], lse[:, of_queries] = _causal(*given, scale)
+    _attend_by_heads(attend, s.q, k, v, s.out, lse)
     return s.out, lse
 
 
