@@ -232,6 +232,21 @@ def test_decode_formats(spec: str) -> None:
         check_decode(cache, noise(2, 1, 2, sizes[0]))
 
 
+@pytest.mark.parametrize(
+    ("spec", "head_size", "deep"),
+    [
+        *(("k1v4", 128, 4), ("k2v4+mean", 128, 2), ("k3v4+mean", 128, 4), ("k3tv4+mean", 128, 4), ("k2tv4", 128, 4)),
+        *(("k2v4", 96, 2), ("k3v4", 96, 4), ("k3v4", 80, 1), ("k3tv4", 192, 4), ("k3v4+mean", 256, 4)),
+        *(("k2v4", 112, 2), ("k3v4", 64, 1), ("k4v4", 128, 1), ("k5v4", 128, 1), ("k4tv4", 128, 1)),
+    ],
+)  # fmt: skip
+def test_decode_of_units_in_another_order(spec: str, head_size: int, deep: int) -> None:
+    """Keys in narrow planes, read so many units to an element; padded heads; rows that end within an element."""
+    layout = PageLayout.of(spec, head_size, 32, 16)
+    assert sides.packed(layout, False).deep == deep
+    check_decode(make_cache(layout, (21, 34), heads=1), noise(2, 1, 2, head_size))
+
+
 @pytest.mark.parametrize("sizes", [(128, 80), (40, 96)], ids=str)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_decode_of_trellises_and_references(sizes: tuple[int, int], page_size: int) -> None:

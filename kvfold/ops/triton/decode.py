@@ -29,6 +29,7 @@ from kvfold.ops.triton.unpack import (
     level_unit,
     levels_of_two_bytes,
     multiply,
+    place_of_unit,
     two_halves,
     wide_code,
     words_of_k,
@@ -153,7 +154,7 @@ def _attend_and_combine(
     factor = options.scale * sides.unit_level(k)
     if not softcap:
         factor *= LOG2_E
-    queries, units = rotate_queries_to_half(q, factor, Order(k.fields, k.units))
+    queries, units = rotate_queries_to_half(q, factor, Order(k.fields, k.units, k.deep))
     row_tile, row_blocks, warps, splits, least, most = launch
     total, columns = batch * num_queries * num_heads, _columns(v)
     partial = torch.empty(total, splits, columns, dtype=torch.float32, device=q.device)
@@ -442,11 +443,11 @@ def _reference_scores(
     ROWS: tl.constexpr, TOKENS: tl.constexpr, STACKED: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[TOKENS, ROWS]`` of the queries with the key references of the pages that begin at ``page_byte``."""
-    unit = tl.arange(0, K.units)
+    place = place_of_unit(K)
     s = tl.zeros((TOKENS, ROWS * (2 if STACKED else 1)), tl.float32)
     fields: tl.constexpr = K.fields
     for field in tl.static_range(fields):
-        coordinate = unit * fields + field
+        coordinate = place * fields + field
         address = pages + (page_byte[:, None] + (REFERENCE + coordinate)[None, :])
         code = tl.load(address, mask=(coordinate < K.head_size)[None, :], other=0).to(tl.float16)
         if not STACKED:

@@ -17,10 +17,11 @@ _ROWS = 16
 
 
 class Order(NamedTuple):
-    """The order of a rotated query's coordinates: column ``f * units + u`` is coordinate ``fields * u + f``."""
+    """The order of a rotated query's coordinates: column ``f * units + u`` is field f of unit u (``sides.Packed``)."""
 
     fields: int
     units: int
+    deep: int = 1
 
 
 def rotate_queries(q: torch.Tensor, factor: float, order: Order) -> torch.Tensor:
@@ -45,7 +46,7 @@ def _rotated(q: torch.Tensor, factor: float, order: Order, dtype: torch.dtype) -
     rows, columns = batch * num_queries * heads, order.fields * order.units
     out = torch.empty(rows, 2, columns, dtype=dtype, device=q.device)
     units = torch.empty(rows, dtype=torch.float32, device=q.device)
-    terms, norm = sides.rotation_terms(head_size, q.device, False, order.fields, order.units)
+    terms, norm = sides.rotation_terms(head_size, q.device, False, order.fields, order.units, order.deep)
     _rotate_queries[(triton.cdiv(rows, _ROWS),)](
         q, *q.stride(), num_queries, heads, terms, norm * factor, out, units, rows,
         HEAD_SIZE=head_size, TERMS=terms.shape[0], PADDED=terms.shape[1], COLUMNS=columns, ROWS=_ROWS, num_warps=4,

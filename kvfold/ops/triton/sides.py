@@ -29,6 +29,10 @@ class Packed(NamedTuple):
     ``fields * u + f`` is field f of unit u. Field by field, units are columns of a matrix product. A head is cut into
     at least 16 of them, the smallest contraction of a tensor core. (V is loaded by four tokens: ``pairs`` bytes wide.)
 
+    A word of a narrow plane has the codes of two or four units. So that neighbouring units are in neighbouring words,
+    which are loaded sixteen bytes at a time, units then come in another order, ``unpack.place_of_unit``: with ``deep``
+    of them to an element of memory, first the first one of each element, and so on.
+
     A trellis is read as Lloyd–Max codes of one bit more (``unpack.words_of_k``): its path bits choose among twice as
     many levels.
 
@@ -44,6 +48,8 @@ class Packed(NamedTuple):
         fields: Coordinates of a unit of K.
         unit_bytes: Bytes of a unit in a plane of 4 or 8 bits.
         units: Units of a vector of K, padded to a power of two.
+        deep: Of narrow planes, the units of K to an element of memory, which is a word of the narrowest plane and one
+            or two of others; 1 if there is a plane of 4 bits.
         pairs: Bytes of a vector of V in a plane of 4 or 8 bits, padded to a power of two.
         table: Up to 4 bits: the odd integers ``2 m + 1`` of the magnitudes, eight bytes as two int32.
         unpack: Up to 4 bits on NVIDIA: for either half of a word, the instructions that look up its four codes.
@@ -61,6 +67,7 @@ class Packed(NamedTuple):
     fields: int
     unit_bytes: int
     units: int
+    deep: int
     pairs: int
     table: tuple[int, ...]
     unpack: tuple[str, ...]
@@ -96,18 +103,25 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
         table = struct.unpack("<2i", bytes(2 * m + 1 for m in magnitudes))
         if not INTERPRETED.value and torch.version.hip is None:
             unpack = tuple(_look_up(bits, byte) for byte in (0, 2))
+    units = max(16, power_of_two(-(-head_size // fields)))
+    row_bytes, widths = side.plane_bytes(head_size), side.planes()
+    deep = 4 // min(widths) if bits <= INT8_BITS and unit_bytes == 4 and max(widths) < 4 else 1
+    sizes = [deep * width for width in widths]  # of elements, in bytes
+    if any(size > 8 or row % size or start % size for size, row, start in zip(sizes, row_bytes, planes, strict=True)):
+        deep = 1
     return Packed(
         bits=bits,
         head_size=head_size,
         padded=max(32, power_of_two(head_size)),
         is_value=is_value,
-        widths=side.planes(),
+        widths=widths,
         planes=planes,
-        row_bytes=side.plane_bytes(head_size),
+        row_bytes=row_bytes,
         scales=scales,
         fields=fields,
         unit_bytes=unit_bytes,
-        units=max(16, power_of_two(-(-head_size // fields))),
+        units=units,
+        deep=deep,
         pairs=max(16, power_of_two(-(-head_size // (4 * per_byte)) * 4)),
         table=table,
         unpack=unpack,
@@ -151,8 +165,13 @@ def unit_level(side: Packed) -> float:
 
 @lru_cache(maxsize=256)
 def look_up(side: Packed, device: torch.device) -> torch.Tensor:
-    """Up to 4 bits: int32 with the table of odd integers (2) and, for each plane, the shifts of four octets' codes."""
-    shifts = [octet % (4 // width) * width for width in side.widths for octet in range(4)]
+    """Up to 4 bits: int32 with the table of odd integers (2) and, for each plane, the shifts of four octets' codes: in
+    the next word where they are not in this one."""
+    shifts = [
+        octet // (4 // width) * 32 + octet % (4 // width) * width if width < 4 else 0
+        for width in side.widths
+        for octet in range(4)
+    ]
     return torch.tensor([*side.table, *shifts], dtype=torch.int32, device=device)
 
 
@@ -202,7 +221,7 @@ def prescales(count: int, device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def rotation_terms(
-    head_size: int, device: torch.device, inverse: bool = False, fields: int = 1, units: int = 0
+    head_size: int, device: torch.device, inverse: bool = False, fields: int = 1, units: int = 0, deep: int = 1
 ) -> tuple[torch.Tensor, float]:
     """The rotation as a sum of bfloat16 matrices, and a factor: a row vector x becomes ``factor * (x @ sum)``.
 
@@ -211,7 +230,7 @@ def rotation_terms(
 
     Args:
         inverse: Un-rotate instead.
-        fields: With ``units``: the columns' order, ``f * units + u`` being coordinate ``fields * u + f``.
+        fields: With ``units`` and ``deep``: the columns' order, see :class:`Packed`.
 
     Returns:
         ``[1 or 3, padded, padded or fields * units]``, zeros beyond the head, and the factor.
@@ -219,7 +238,9 @@ def rotation_terms(
     padded = max(32, power_of_two(head_size))
     units = units or padded
     column = torch.arange(fields * units)
-    coordinate = column % units * fields + column // units
+    unit = column % units
+    place = unit % (units // deep) * deep + unit // (units // deep)
+    coordinate = place * fields + column // units
     rotation = torch.from_numpy(rotation_matrix(head_size))
     matrix = torch.zeros(padded, fields * units, dtype=torch.float64)
     inside = coordinate < head_size

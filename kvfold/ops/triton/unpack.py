@@ -62,6 +62,21 @@ def split(x):
 
 
 @triton.jit
+def place_of_unit(S: tl.constexpr):
+    """Which of K's units, in memory, come one after the other."""
+    unit = tl.arange(0, S.units)
+    if S.deep > 1:
+        unit = unit % (S.units // S.deep) * S.deep + unit // (S.units // S.deep)
+    return unit
+
+
+@triton.constexpr_function
+def element_bytes(S, width):
+    """Of what K's plane of a width is loaded in."""
+    return S.deep * width if S.deep > 1 else S.unit_bytes
+
+
+@triton.jit
 def row_shift(look_up, octet, S: tl.constexpr, plane: tl.constexpr):
     """How far in a narrow plane's nibbles the codes of an octet of coordinates lie."""
     deep: tl.constexpr = 4 // S.widths[plane]
@@ -79,21 +94,30 @@ def k_words(pages, tile, token, look_up, S: tl.constexpr, plane: tl.constexpr):
     """
     width: tl.constexpr = S.widths[plane]
     unit = tl.arange(0, S.units)
-    if width >= 4:
-        column = unit
+    if S.deep > 1:
+        column = unit % (S.units // S.deep)
+        inside = place_of_unit(S) * S.fields < S.head_size
+        if element_bytes(S, width) == 8:
+            pages = pages.to(tl.pointer_type(tl.int64))
     else:
-        octet = unit // (4 // S.unit_bytes)
-        column = octet // (4 // width) * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
-    row = tile // S.unit_bytes + (S.planes[plane] + token * S.row_bytes[plane]) // S.unit_bytes
+        inside = unit * S.fields < S.head_size
+        if width >= 4:
+            column = unit
+        else:
+            octet = unit // (4 // S.unit_bytes)
+            column = octet // (4 // width) * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
+    size: tl.constexpr = element_bytes(S, width)
+    row = tile // size + (S.planes[plane] + token * S.row_bytes[plane]) // size
     address = pages + (row[:, None] + column[None, :])
-    if S.units * S.fields > S.head_size:
-        words = tl.load(address, mask=(unit * S.fields < S.head_size)[None, :], other=0).to(tl.int32)
-    else:
-        words = tl.load(address).to(tl.int32)
-    if width < 4:
-        words = words >> row_shift(look_up, octet, S, plane)[None, :]
+    # without a mask sixteen bytes at a time
+    words = tl.load(address, mask=inside[None, :], other=0) if S.units * S.fields > S.head_size else tl.load(address)
+    if S.deep > 1:
+        words = words >> tl.load(look_up + (2 + 4 * plane + unit // (S.units // S.deep)))[None, :]
+        words = words.to(tl.int32) & (0x11111111 * ((1 << width) - 1))
+    elif width < 4:
+        words = words.to(tl.int32) >> row_shift(look_up, octet, S, plane)[None, :]
         words = words & (0x11111111 * ((1 << width) - 1))
-    return words
+    return words.to(tl.int32)
 
 
 @triton.jit
@@ -172,16 +196,24 @@ def _k_path(pages, tile, token, look_up, S: tl.constexpr):
     plane: tl.constexpr = len(S.widths) - 1
     size: tl.constexpr = 8 * S.unit_bytes
     unit = tl.arange(0, S.units)
-    octet = unit // (4 // S.unit_bytes)
-    column = octet // 4 * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
+    if S.deep > 1:
+        column = unit % (S.units // S.deep)
+        inside = (place_of_unit(S) * S.fields < S.head_size)[None, :]
+    else:
+        octet = unit // (4 // S.unit_bytes)
+        column = octet // 4 * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
+        inside = (unit * S.fields < S.head_size)[None, :]
     row = tile // S.unit_bytes + (S.planes[plane] + token * S.row_bytes[plane]) // S.unit_bytes
     address = pages + (row[:, None] + column[None, :])
-    inside = (unit * S.fields < S.head_size)[None, :]
-    here = tl.load(address, mask=inside, other=0).to(tl.int32)
+    here = tl.load(address, mask=inside, other=0) if S.units * S.fields > S.head_size else tl.load(address)
+    here = here.to(tl.int32)
     before = tl.load(address - 1, mask=inside & (column > 0)[None, :], other=0).to(tl.int32)
     one = here << 1 | ((before >> (size - 1)) & 1)
     two = here ^ (here << 2 | ((before >> (size - 2)) & 3))
-    shift = row_shift(look_up, octet, S, plane)[None, :]
+    if S.deep > 1:
+        shift = tl.load(look_up + (2 + 4 * plane + unit // (S.units // S.deep)))[None, :]
+    else:
+        shift = row_shift(look_up, octet, S, plane)[None, :]
     return (one >> shift) & 0x11111111, (two >> shift) & 0x11111111
 
 
@@ -194,7 +226,8 @@ def _v_path(pages, tile, four, look_up, S: tl.constexpr):
     byte = octet // 4 * 4 + pair % 4
     row = tile // 4 + (S.planes[plane] // 4 + four * 4)
     inside = (pair * 2 < S.head_size)[:, None]
-    here = tl.load(pages + (row[None, :] + (byte // 4 * 16 + byte % 4)[:, None]), mask=inside, other=0)
+    address = pages + (row[None, :] + (octet // 4 * 16 + pair % 4)[:, None])
+    here = tl.load(address, mask=inside, other=0) if S.pairs * 2 > S.head_size else tl.load(address)
     last = tl.maximum(byte - 1, 0)
     before = tl.load(
         pages + (row[None, :] + (last // 4 * 16 + last % 4)[:, None]), mask=inside & (byte > 0)[:, None], other=0
