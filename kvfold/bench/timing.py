@@ -26,8 +26,8 @@ from typing import Protocol
 import torch
 
 FLUSH_MULTIPLE = 8
-LAUNCH_FLUSHES = 8
-"""Reads of the buffer before launches, some 0.8 to 1.1 ms: longer than the host needs for a prefill."""
+LAUNCH_FLUSHES = 16
+"""Reads of the buffer before launches, some 2 ms: longer than a host that has other work, too, needs for a prefill."""
 MIN_REPLAYS = 30
 _WARM_UP_REPLAYS = 3
 _COPY_BYTES = 2**32
