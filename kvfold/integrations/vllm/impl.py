@@ -233,7 +233,7 @@ class CompressedImpl(AttentionImpl[Metadata]):
         # read at once, beginnings of prompts, and their ends, a token or some, which have kernels of their own
         fills = WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
         context = min(fills, self._max_tokens // 2)
-        few = min(PAGE_SIZE, context)
+        few = min(2 * PAGE_SIZE, context)  # more than the decode kernel serves
         for before, count in ((context, self._max_tokens - context), (few, few), (0, len(query)), (1, 1), (1, 3)):
             new, exact = min(len(query), count), self.settings.chunk == "exact" and not self.shares
             with torch.inference_mode(False):

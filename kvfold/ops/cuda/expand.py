@@ -272,6 +272,6 @@ def _window(
 
 
 def _expand(chosen: Plan, window: _Window, early: bool = False) -> None:
-    """``early``: pages and table were complete before the kernel ahead began, and nothing else is on the device."""
+    """``early``: pages and table were complete before the kernel ahead began, and there are no starts and lengths."""
     items = -(-window.tokens // TILE) * window.heads * window.batch
     chosen.kernel.launch((-(-items // _WARPS), 1, 1), 32 * _WARPS, 0, window, chosen.k, chosen.v, early=early)

@@ -49,7 +49,7 @@ class Packed(NamedTuple):
         unit_bytes: Bytes of a unit in a plane of 4 or 8 bits.
         units: Units of a vector of K, padded to a power of two.
         deep: Of narrow planes, the units of K to an element of memory, which is a word of the narrowest plane and one
-            or two of others; 1 if there is a plane of 4 bits.
+            or two of others; 1 if there is a plane of 4 bits, and of V.
         pairs: Bytes of a vector of V in a plane of 4 or 8 bits, padded to a power of two.
         table: Up to 4 bits: the odd integers ``2 m + 1`` of the magnitudes, eight bytes as two int32.
         unpack: Up to 4 bits on NVIDIA: for either half of a word, the instructions that look up its four codes.
@@ -105,7 +105,8 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
             unpack = tuple(_look_up(bits, byte) for byte in (0, 2))
     units = max(16, power_of_two(-(-head_size // fields)))
     row_bytes, widths = side.plane_bytes(head_size), side.planes()
-    deep = 4 // min(widths) if bits <= INT8_BITS and unit_bytes == 4 and max(widths) < 4 else 1
+    narrow = not is_value and bits <= INT8_BITS and max(widths) < 4
+    deep = 4 // min(widths) if narrow and unit_bytes == 4 else 1
     sizes = [deep * width for width in widths]  # of elements, in bytes
     if any(size > 8 or row % size or start % size for size, row, start in zip(sizes, row_bytes, planes, strict=True)):
         deep = 1
@@ -167,11 +168,7 @@ def unit_level(side: Packed) -> float:
 def look_up(side: Packed, device: torch.device) -> torch.Tensor:
     """Up to 4 bits: int32 with the table of odd integers (2) and, for each plane, the shifts of four octets' codes: in
     the next word where they are not in this one."""
-    shifts = [
-        octet // (4 // width) * 32 + octet % (4 // width) * width if width < 4 else 0
-        for width in side.widths
-        for octet in range(4)
-    ]
+    shifts = [octet // (4 // width) * 32 + octet % (4 // width) * width for width in side.widths for octet in range(4)]
     return torch.tensor([*side.table, *shifts], dtype=torch.int32, device=device)
 
 

@@ -70,6 +70,24 @@ def place_of_unit(S: tl.constexpr):
     return unit
 
 
+@triton.jit
+def column_of_unit(S: tl.constexpr, width: tl.constexpr):
+    """Which element of a row of K's plane each unit is in."""
+    unit = tl.arange(0, S.units)
+    if S.deep > 1:  # the octet over S.deep, so that the compiler sees that neighbours are neighbours
+        return unit % (S.units // S.deep)
+    elif width >= 4:
+        return unit
+    else:
+        return unit // (4 // S.unit_bytes) // (4 // width) * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
+
+
+@triton.constexpr_function
+def octets_of_element(S, width):
+    """How many octets of coordinates have codes in what a narrow plane is loaded in."""
+    return S.deep if S.deep > 1 else 4 // width
+
+
 @triton.constexpr_function
 def element_bytes(S, width):
     """Of what K's plane of a width is loaded in."""
@@ -78,8 +96,8 @@ def element_bytes(S, width):
 
 @triton.jit
 def row_shift(look_up, octet, S: tl.constexpr, plane: tl.constexpr):
-    """How far in a narrow plane's nibbles the codes of an octet of coordinates lie."""
-    deep: tl.constexpr = 4 // S.widths[plane]
+    """How far in a narrow plane's nibbles, of the element that is loaded, the codes of an octet of coordinates lie."""
+    deep: tl.constexpr = octets_of_element(S, S.widths[plane])
     if S.bits <= 4:
         return tl.load(look_up + (2 + 4 * plane + octet % deep))
     else:
@@ -93,30 +111,20 @@ def k_words(pages, tile, token, look_up, S: tl.constexpr, plane: tl.constexpr):
     ``pages`` points to elements of S.unit_bytes; ``tile`` ``[tokens]`` is where each token's tile begins, in bytes.
     """
     width: tl.constexpr = S.widths[plane]
-    unit = tl.arange(0, S.units)
-    if S.deep > 1:
-        column = unit % (S.units // S.deep)
-        inside = place_of_unit(S) * S.fields < S.head_size
-        if element_bytes(S, width) == 8:
-            pages = pages.to(tl.pointer_type(tl.int64))
-    else:
-        inside = unit * S.fields < S.head_size
-        if width >= 4:
-            column = unit
-        else:
-            octet = unit // (4 // S.unit_bytes)
-            column = octet // (4 // width) * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
     size: tl.constexpr = element_bytes(S, width)
+    place = place_of_unit(S)
+    octet = place // (4 // S.unit_bytes)
+    if size == 8:
+        pages = pages.to(tl.pointer_type(tl.int64))
     row = tile // size + (S.planes[plane] + token * S.row_bytes[plane]) // size
-    address = pages + (row[:, None] + column[None, :])
-    # without a mask sixteen bytes at a time
-    words = tl.load(address, mask=inside[None, :], other=0) if S.units * S.fields > S.head_size else tl.load(address)
-    if S.deep > 1:
-        words = words >> tl.load(look_up + (2 + 4 * plane + unit // (S.units // S.deep)))[None, :]
+    address = pages + (row[:, None] + column_of_unit(S, width)[None, :])
+    if S.units * S.fields > S.head_size:
+        words = tl.load(address, mask=(place * S.fields < S.head_size)[None, :], other=0)
+    else:  # no mask: that would keep the compiler from loading sixteen bytes at a time
+        words = tl.load(address).to(tl.int64 if size == 8 else tl.int32)
+    if width < 4:
+        words = words >> row_shift(look_up, octet, S, plane)[None, :]
         words = words.to(tl.int32) & (0x11111111 * ((1 << width) - 1))
-    elif width < 4:
-        words = words.to(tl.int32) >> row_shift(look_up, octet, S, plane)[None, :]
-        words = words & (0x11111111 * ((1 << width) - 1))
     return words.to(tl.int32)
 
 
@@ -195,14 +203,10 @@ def _k_path(pages, tile, token, look_up, S: tl.constexpr):
     """u_{t-1} and u_t xor u_{t-2} of K ``[tokens, units]``, each nibble one coordinate's."""
     plane: tl.constexpr = len(S.widths) - 1
     size: tl.constexpr = 8 * S.unit_bytes
-    unit = tl.arange(0, S.units)
-    if S.deep > 1:
-        column = unit % (S.units // S.deep)
-        inside = (place_of_unit(S) * S.fields < S.head_size)[None, :]
-    else:
-        octet = unit // (4 // S.unit_bytes)
-        column = octet // 4 * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
-        inside = (unit * S.fields < S.head_size)[None, :]
+    place = place_of_unit(S)
+    octet = place // (4 // S.unit_bytes)
+    column = column_of_unit(S, S.widths[plane])
+    inside = (place * S.fields < S.head_size)[None, :]
     row = tile // S.unit_bytes + (S.planes[plane] + token * S.row_bytes[plane]) // S.unit_bytes
     address = pages + (row[:, None] + column[None, :])
     here = tl.load(address, mask=inside, other=0) if S.units * S.fields > S.head_size else tl.load(address)
@@ -210,10 +214,7 @@ def _k_path(pages, tile, token, look_up, S: tl.constexpr):
     before = tl.load(address - 1, mask=inside & (column > 0)[None, :], other=0).to(tl.int32)
     one = here << 1 | ((before >> (size - 1)) & 1)
     two = here ^ (here << 2 | ((before >> (size - 2)) & 3))
-    if S.deep > 1:
-        shift = tl.load(look_up + (2 + 4 * plane + unit // (S.units // S.deep)))[None, :]
-    else:
-        shift = row_shift(look_up, octet, S, plane)[None, :]
+    shift = row_shift(look_up, octet, S, plane)[None, :]
     return (one >> shift) & 0x11111111, (two >> shift) & 0x11111111
 
 
