@@ -432,10 +432,11 @@ class Compiled:
         return SimpleNamespace(launch=lambda *args, **options: None)
 
 
+@pytest.mark.parametrize("kv_heads", [2, 8])
 @pytest.mark.parametrize("library", ["fa3", "cudnn"])
 @pytest.mark.parametrize("invariant", ["0", "1"])
 def test_serving_compiles_nothing_that_the_warm_up_has_not(
-    invariant: str, library: str, additional: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    invariant: str, library: str, kv_heads: int, additional: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The CUDA kernels are compiled when they are first asked for, which takes seconds."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", invariant)
@@ -468,10 +469,10 @@ def test_serving_compiles_nothing_that_the_warm_up_has_not(
     forget()
     try:
         with ops.backend("cuda"):
-            engine = Engine(speculating(3, additional=additional), head_size=128, heads=8)
+            engine = Engine(speculating(3, additional=additional), head_size=128, heads=8, kv_heads=kv_heads)
             impl = engine.layers[0].impl
             impl_module._warm.clear()
-            q, k, v = (torch.zeros(2048, heads, 128, dtype=engine.dtype) for heads in (8, 2, 2))
+            q, k, v = (torch.zeros(2048, heads, 128, dtype=engine.dtype) for heads in (8, kv_heads, kv_heads))
             impl.warm_up(q, k, v, PageLayout.of(impl.format, 128, page_size=64))
             warm = set(kernels.asked)
             a, b, c = engine.add(), engine.add(), engine.add()

@@ -234,7 +234,8 @@ class CompressedImpl(AttentionImpl[Metadata]):
         fills = WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
         context = min(fills, self._max_tokens // 2)
         few = min(2 * PAGE_SIZE, context)  # more than the decode kernel serves
-        for before, count in ((context, self._max_tokens - context), (few, few), (0, len(query)), (1, 1), (1, 3)):
+        cases = [(context, self._max_tokens - context), (few, few), (0, len(query)), (1, 1), (1, 3), (1, 16)]
+        for before, count in cases:
             new, exact = min(len(query), count), self.settings.chunk == "exact" and not self.shares
             with torch.inference_mode(False):
                 read = torch.tensor([before if exact else before + new], dtype=torch.int32, device=device)
