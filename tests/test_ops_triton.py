@@ -247,6 +247,21 @@ def test_decode_of_units_in_another_order(spec: str, head_size: int, deep: int) 
     check_decode(make_cache(layout, (21, 34), heads=1), noise(2, 1, 2, head_size))
 
 
+@pytest.mark.parametrize(
+    ("spec", "num_queries", "stages"),
+    [
+        *(("k4v4", 1, 2), ("k2v3", 1, 2), ("k3v2", 1, 1), ("k3v2", 16, 2), ("k2tv4", 1, 1), ("k3tv4", 2, 1)),
+        *(("k5v4", 1, 2), ("k4tv4", 1, 2)),
+    ],
+)
+def test_keys_in_several_narrow_planes_are_loaded_when_they_are_used(spec: str, num_queries: int, stages: int) -> None:
+    layout = PageLayout.of(spec, 128, 128, 64)
+    k, v = sides.packed(layout, False), sides.packed(layout, True)
+    table, pages = torch.zeros(1, 4, dtype=torch.int32), torch.empty(layout.page_shape(4, 1), dtype=torch.uint8)
+    launch = decode._launch(noise(1, num_queries, 4, 128), pages, table, layout, AttentionOptions(1.0), k, v, False)
+    assert decode._stages(k, v, launch) == stages
+
+
 @pytest.mark.parametrize("sizes", [(128, 80), (40, 96)], ids=str)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_decode_of_trellises_and_references(sizes: tuple[int, int], page_size: int) -> None:

@@ -29,7 +29,7 @@ _SLOTS = {False: 2, True: 1}  # in scratch, for partial results of a CTA, by whe
 _PLACES = 2  # of a warp
 _SPLITS = 16  # of a sequence in batch-invariant mode
 _INVARIANT_SCRATCH = 32 * 2**20
-_WORDS = ("T0", "T1", "U0", "U1", "TR0", "TR1", "UR0", "UR1")  # macros of the codebooks' tables
+_WORDS = ("T0", "T1", "U0", "U1", "TE0", "TE1", "UE0", "UE1")  # macros of the codebooks' tables
 _STREAMS = 64  # with scratch of their own, per device
 _MAX_COUNTERS = 16384
 
@@ -62,12 +62,12 @@ def _two_tables(numbers: list[int]) -> list[str]:
 
 
 def look_up(side: Side) -> list[str]:
-    """The byte tables of a codebook: two words of each of two look-ups, and as many for rotated nibbles.
+    """The byte tables of a codebook: two words of each of two look-ups, and as many for words of a trellis' even t.
 
     A product with the looked-up integer gives the level less one half. Up to eight levels the first table has all, and
     the second is not used. Sixteen are the sum of two look-ups: the nibble is a Lloyd–Max code, or a trellis' refine
-    bits as stored and, below, the path's two bits; in rotated nibbles these are above. Of thirty-two levels the tables
-    have the magnitudes, by the nibble that ``join`` in decode_codes.cuh makes.
+    bits as stored and, below, the path's two bits. Of thirty-two levels the tables have the magnitudes. Where t is even
+    the path's bits are swapped, and above the refine bits if there are two: ``join`` in decode_codes.cuh makes nibbles.
     """
     trellis = side.family == "trellis"
     book = trellis_levels(int(side.bits)) if trellis else lloyd_max(int(side.bits), HEAD_SIZE)
@@ -79,14 +79,16 @@ def look_up(side: Side) -> list[str]:
         return _words(codes + [0] * (8 - len(codes))) + 3 * unused
     if not trellis:
         return _two_tables(m + [~x for x in m]) + 2 * unused
+    swapped = (0, 2, 1, 3)
     if side.bits == 2:
-        return _words([~x for x in reversed(m)] + m) + 3 * unused
+        ascending = [~x for x in reversed(m)] + m
+        return _words(ascending) + unused + _words([ascending[n & 4 | swapped[n & 3]] for n in range(8)]) + unused
     if side.bits == 3:  # of negative levels the lower refine bit is stored complemented
         ascending = [~x for x in reversed(m)] + m
         by_nibble = ascending[4:8] + ascending[:4] + ascending[8:]
     else:
         by_nibble = m
-    return _two_tables(by_nibble) + _two_tables([by_nibble[4 * (n & 3) + n // 4] for n in range(16)])
+    return _two_tables(by_nibble) + _two_tables([by_nibble[4 * (n & 3) + swapped[n // 4]] for n in range(16)])
 
 
 @lru_cache(maxsize=64)

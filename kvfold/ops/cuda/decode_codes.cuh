@@ -11,11 +11,10 @@ struct Lane {
     u32 k0, k1, scales, v, v_top; // where its rows of K, its tokens' scales, its codes of V and their top bits lie in a tile
     u32 scale_order, scale_order1, word_order, word_order1; // selectors: of the scales in a pair, of the weights' operands
     u32 minus_one, low_nibbles, dither;
-    // of trellises: the tables of rotated nibbles; 0 where nothing is before a word of path bits; where that lies in V; and masks
-    // as `select` wants them: of the lower two bits of nibbles, of all bits but the lowest, and the lowest two, of nibbles, and
-    // of every other bit
-    u32 k_low_rotated, k_high_rotated, v_low_rotated, v_high_rotated;
-    u32 k_carry, v_carry, v_before, low_pairs, but_one, but_two, even_bits;
+    // of trellises: the tables of words with even t; 0 where nothing is before a word of path bits; where that lies in V; and
+    // masks as `select` wants them: of the lower two bits of nibbles, of all but these, and of every other bit
+    u32 k_low_even, k_high_even, v_low_even, v_high_even;
+    u32 k_continues, v_carry, v_before, low_pairs, but_two, even_bits;
 };
 
 __device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
@@ -42,13 +41,12 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.v = pin(V_CODES + 64 * g + 16 * i, lane);
     L.v_top = VBITS == 3 ? pin(V_CODES + 512 + 64 * (g >> 1) + 16 * i, lane) : 0;
 #endif
-    L.k_carry = KTRELLIS ? pin(i ? ~0u : 0, lane) : 0;
-    L.k_low_rotated = K_ROTATED ? pin(KTR0 + zero, lane) : 0;
-    L.k_high_rotated = K_ROTATED ? pin(KUR0 + zero, lane) : 0;
-    L.v_low_rotated = SAME_LEVELS ? L.k_low_rotated : V_ROTATED ? pin(VTR0 + zero, lane) : 0;
-    L.v_high_rotated = SAME_LEVELS ? L.k_high_rotated : V_ROTATED ? pin(VUR0 + zero, lane) : 0;
+    L.k_continues = KTRELLIS ? pin(i, lane) : 0;
+    L.k_low_even = KTRELLIS ? pin(KTE0 + zero, lane) : 0;
+    L.k_high_even = KTRELLIS && KBITS > 2 ? pin(KUE0 + zero, lane) : 0;
+    L.v_low_even = SAME_LEVELS ? L.k_low_even : VTRELLIS ? pin(VTE0 + zero, lane) : 0;
+    L.v_high_even = SAME_LEVELS ? L.k_high_even : VTRELLIS && VBITS > 2 ? pin(VUE0 + zero, lane) : 0;
     L.low_pairs = KTRELLIS || VTRELLIS ? pin(0x33333333u + zero, lane) : 0;
-    L.but_one = VTRELLIS ? pin(0xeeeeeeeeu + zero, lane) : 0;
     L.but_two = VTRELLIS ? pin(0xccccccccu + zero, lane) : 0;
     L.even_bits = (KTRELLIS && KBITS == 2) || (VTRELLIS && VBITS == 2) ? pin(0x55555555u + zero, lane) : 0;
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
@@ -61,10 +59,9 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
 // --- trellises --------------------------------------------------------------------------------------------------------
 
 // Indices of the levels of 32 coordinates, or of eight tokens' four, in the nibbles of four words: the path's bits from
-// `even` and `odd`, above them refine bits, in `low` and `high` (2 bits a coordinate) or in `low` alone (1 bit). Nibbles of the
-// third word are rotated where there are four refine and path bits: the path's bits lie above the others, which saves shifts.
-// With 5 bits the sign is in `top`, and nibbles are magnitudes: where it is clear the path's bits are complemented, as the refine
-// bits are in memory.
+// `even` and `odd` (path_bits()), and refine bits, from `low` and `high` (2 bits a coordinate) or from `low` alone (1 bit). These
+// lie above the path's bits, but below them where a word with even t has two: that saves shifts. With 5 bits the sign is in
+// `top`, and nibbles are magnitudes: where it is clear the path's bits are complemented, as the refine bits are in memory.
 template <int BITS>
 __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4]) {
     if (BITS == 2) {
@@ -81,10 +78,21 @@ __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, 
         even = equal_bits(even, (top & 0x55555555u) * 3);
         odd = equal_bits(odd, (top >> 1 & 0x55555555u) * 3);
     }
-    w[0] = select(even, low << 2, L.low_pairs);
+    w[0] = select(low, even << 2, L.low_pairs);
     w[1] = select(odd, low, L.low_pairs);
     w[2] = select(high, even, L.low_pairs);
     w[3] = select(odd >> 2, high, L.low_pairs);
+}
+
+// The same of 2 bits, where words have eight tokens' nibbles: of each one the path's bits of t to t + 3. `before` has the two of
+// t - 2 and t - 1 in the lower bits, and gets those for the next nibbles. A pair is a word, that of one up or down, and one bit.
+__device__ __forceinline__ void join_nibbles(const Lane& L, u32& before, u32 u, u32 low, u32 (&w)[4]) {
+    const u32 down = u >> 2, r_even = low & L.even_bits, r_odd = low >> 1 & L.even_bits;
+    w[0] = select(before ^ (u & 0x11111111u), r_even << 2, L.low_pairs);
+    w[1] = select(u ^ (before & 0x22222222u), r_odd << 2, L.low_pairs);
+    w[2] = select(u ^ (down & 0x11111111u), r_even, L.low_pairs);
+    w[3] = select(down ^ (u & 0x22222222u), r_odd, L.low_pairs);
+    before = down;
 }
 
 // Of the four words that join() makes: 0xff for each of four coordinates whose sign in `top` is set, which is positive.
@@ -97,9 +105,10 @@ __device__ __forceinline__ u32 sign_bytes(u32 top, int word, bool upper_half) {
 // Words of a K row for the four k-steps of a lane: eight codes each, in eight nibbles. `top` has signs, see join().
 __device__ __forceinline__ void load_k(const Lane& L, u32 tile, u32 at, u32 (&w)[4], u32& top) {
 #if KTRELLIS
-    const u32 u = load_4(tile + K_PATH + at), before = load_4(tile + (K_PATH - 4) + at) & L.k_carry;
-    u32 even, odd;
-    path_of_word(before, u, even, odd);
+    const u32 u = load_4(tile + K_PATH + at);
+    u32 before = 0, even, odd;
+    if (L.k_continues) before = load_4(tile + (K_PATH - 4) + at); // a load with a predicate, and no mask
+    path_bits(u, __funnelshift_l(before, u, 2), even, odd);
     top = KBITS == 4 ? load_4(tile + 512 + at) : 0;
 #if KBITS == 2
     join<2>(L, even, odd, load_4(tile + at), 0, 0, w);
@@ -149,9 +158,6 @@ __device__ __forceinline__ void interleave(u32 x, u32 y, u32 mask, u32& low, u32
 }
 
 // Nibbles of eight tokens, shifted up as strings: `before` has the nibbles before theirs.
-__device__ __forceinline__ u32 one_up(const Lane& L, u32 before, u32 nibbles) {
-    return select(nibbles << 1, before >> 3, L.but_one);
-}
 __device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 nibbles) {
     return select(nibbles << 2, before >> 2, L.but_two);
 }
@@ -182,6 +188,7 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, c
         }
     }
     u32 before = select(last[0] >> 4, last[1], L.low_nibbles) & L.v_carry;
+    if (VBITS == 2) before >>= 2; // as join_nibbles() wants it
 #pragma unroll
     for (int byte = 0; byte < 2; byte++) {
         u32 u[2], l[2], h[2] = {0, 0}, t[2] = {0, 0}; // by nibble of the byte
@@ -191,11 +198,15 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, c
         if (VBITS == 4) interleave(top[0][byte], top[1][byte], L.low_nibbles, t[0], t[1]);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-            u32 even, odd, down, w[4];
-            path_bits(u[n], two_up(L, before, u[n]), odd, down);
-            even = one_up(L, before, down);
-            before = u[n];
-            join<VBITS>(L, even, odd, l[n], h[n], t[n], w);
+            u32 w[4];
+            if (VBITS == 2) {
+                join_nibbles(L, before, u[n], l[n], w);
+            } else {
+                u32 even, odd;
+                path_bits(u[n], two_up(L, before, u[n]), even, odd);
+                before = u[n];
+                join<VBITS>(L, even, odd, l[n], h[n], t[n], w);
+            }
             use(2 * byte + n, w[0], w[1], t[n], 0);
             use(4 + 2 * byte + n, w[2], w[3], t[n], 2);
         }

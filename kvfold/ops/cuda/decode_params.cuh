@@ -18,8 +18,6 @@
 #define V_CODES (TILE_TOKENS * D / 8 * KBITS)
 #define K_INDEX (KBITS + KTRELLIS) // bits of the index of a level
 #define V_INDEX (VBITS + VTRELLIS)
-#define K_ROTATED (KTRELLIS && KBITS > 2) // whether nibbles of every fourth word are rotated by two bits, see join()
-#define V_ROTATED (VTRELLIS && VBITS > 2)
 #define SAME_LEVELS (KBITS == VBITS && KTRELLIS == VTRELLIS)
 #define K_PATH (V_CODES - TILE_TOKENS * D / 8) // of a trellis: its path bits, the last plane
 #define V_PATH (SCALES - TILE_TOKENS * D / 8)

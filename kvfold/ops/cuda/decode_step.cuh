@@ -137,11 +137,11 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
             for (int k = 0; k < 4; k++) {
                 const u32 l0 = codes_of(w0, k, 0), l1 = codes_of(w1, k, 0), h0 = codes_of(w0, k, 1), h1 = codes_of(w1, k, 1);
                 // tables of the words of both halves
-                const bool lr = K_ROTATED && word_of(k, 0) == 2, hr = K_ROTATED && word_of(k, 1) == 2;
-                const u32 lt0 = lr ? L.k_low_rotated : L.k_low, lt1 = lr ? KTR1 : KT1;
-                const u32 ht0 = hr ? L.k_low_rotated : L.k_low, ht1 = hr ? KTR1 : KT1;
-                const u32 lu0 = lr ? L.k_high_rotated : L.k_high, lu1 = lr ? KUR1 : KU1;
-                const u32 hu0 = hr ? L.k_high_rotated : L.k_high, hu1 = hr ? KUR1 : KU1;
+                const bool le = KTRELLIS && word_of(k, 0) % 2 == 0, he = KTRELLIS && word_of(k, 1) % 2 == 0;
+                const u32 lt0 = le ? L.k_low_even : L.k_low, lt1 = le ? KTE1 : KT1;
+                const u32 ht0 = he ? L.k_low_even : L.k_low, ht1 = he ? KTE1 : KT1;
+                const u32 lu0 = le ? L.k_high_even : L.k_high, lu1 = le ? KUE1 : KU1;
+                const u32 hu0 = he ? L.k_high_even : L.k_high, hu1 = he ? KUE1 : KU1;
                 u32 a0 = prmt(lt0, lt1, l0), a1 = prmt(lt0, lt1, l1), a2 = prmt(ht0, ht1, h0), a3 = prmt(ht0, ht1, h1);
 #if K_INDEX == 5
                 const int lw = word_of(k, 0), hw = word_of(k, 1);
@@ -259,9 +259,8 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
     // output: V^T w
     for_values(L, tiles, lane, [&](int j, u32 e, u32 f, u32 top, int word) {
         const u32 eh = upper(e), fh = upper(f);
-        const bool rotated = V_ROTATED && word == 2; // e's nibbles
-        const u32 et0 = rotated ? L.v_low_rotated : L.v_low, et1 = rotated ? VTR1 : VT1;
-        const u32 eu0 = rotated ? L.v_high_rotated : L.v_high, eu1 = rotated ? VUR1 : VU1;
+        const u32 et0 = VTRELLIS ? L.v_low_even : L.v_low, et1 = VTRELLIS ? VTE1 : VT1;
+        const u32 eu0 = VTRELLIS ? L.v_high_even : L.v_high, eu1 = VTRELLIS ? VUE1 : VU1;
         u32 a0 = prmt(et0, et1, e), a1 = prmt(L.v_low, VT1, f), a2 = prmt(et0, et1, eh), a3 = prmt(L.v_low, VT1, fh);
 #if V_INDEX == 5
         a0 = signed_levels(a0, eu0, eu1, e, sign_bytes(top, word, false), L.minus_one);

@@ -40,7 +40,7 @@ STEP = 64
 """Tokens of a step."""
 
 STAGES = 2
-"""Steps whose loads are under way."""
+"""Steps whose loads are under way, see :func:`_stages`."""
 
 WARPS_PER_SM = 8
 """Warps of the attention kernel that an SM holds at a time, by their registers."""
@@ -141,6 +141,17 @@ def _launch(
     return _Launch(row_tile, row_blocks, warps, splits, 1, splits)
 
 
+def _stages(k: sides.Packed, v: sides.Packed, launch: _Launch) -> int:
+    """Steps whose loads are under way: one if there is no room for two, or if their way is longer than the wait.
+
+    With two the next step's words come by shared memory. Of keys in several narrow planes they are so many copies that
+    a warp alone is slower by them than by waiting for what it loads at once (docs/kernels.md).
+    """
+    if launch.warps > max(1, launch.row_tile // 16) and max(k.bits, v.bits) > 4:
+        return 1
+    return 1 if launch.warps == 1 and k.bits <= 4 and len(k.widths) > 1 else STAGES
+
+
 def _attend_and_combine(
     q: torch.Tensor, pages: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor, layout: PageLayout,
     options: AttentionOptions, k: sides.Packed, v: sides.Packed, launch: _Launch, batch_invariant: bool,
@@ -175,7 +186,7 @@ def _attend_and_combine(
         STACKED=num_queries * group <= 4,
         HAS_BEGIN=options.window is not None or options.first is not None, HAS_FIRST=options.first is not None,
         HAS_START=options.query_start is not None, HAS_MASK=mask is not None, SOFTCAP=bool(softcap),
-        num_warps=warps, num_stages=1 if warps > max(1, row_tile // 16) and max(k.bits, v.bits) > 4 else STAGES,
+        num_warps=warps, num_stages=_stages(k, v, launch),
     )  # fmt: skip
     _combine[(total,)](
         partial, state, sides.inverse_matrix(v.head_size, q.device), sides.unit_level(v),
