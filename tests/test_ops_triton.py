@@ -248,18 +248,27 @@ def test_decode_of_units_in_another_order(spec: str, head_size: int, deep: int) 
 
 
 @pytest.mark.parametrize(
-    ("spec", "num_queries", "stages"),
+    ("spec", "head_size", "num_queries", "stages"),
     [
-        *(("k4v4", 1, 2), ("k2v3", 1, 2), ("k3v2", 1, 1), ("k3v2", 16, 2), ("k2tv4", 1, 1), ("k3tv4", 2, 1)),
-        *(("k5v4", 1, 2), ("k4tv4", 1, 2)),
+        *(("k4v4", 128, 1, 2), ("k2v3", 128, 1, 2), ("k5v4", 128, 1, 2), ("k4tv4", 128, 1, 2)),
+        *(("k3v2", 128, 1, 1), ("k2tv4", 128, 1, 1), ("k3tv4", 128, 2, 1), ("k3v2", 64, 1, 1)),  # narrow; one warp
+        *(("k3v2", 128, 16, 2), ("k3v4", 256, 1, 2), ("k5v4", 256, 1, 1)),  # several warps; no room for two
     ],
-)
-def test_keys_in_several_narrow_planes_are_loaded_when_they_are_used(spec: str, num_queries: int, stages: int) -> None:
-    layout = PageLayout.of(spec, 128, 128, 64)
-    k, v = sides.packed(layout, False), sides.packed(layout, True)
-    table, pages = torch.zeros(1, 4, dtype=torch.int32), torch.empty(layout.page_shape(4, 1), dtype=torch.uint8)
-    launch = decode._launch(noise(1, num_queries, 4, 128), pages, table, layout, AttentionOptions(1.0), k, v, False)
-    assert decode._stages(k, v, launch) == stages
+)  # fmt: skip
+def test_stages_of_loads(
+    spec: str, head_size: int, num_queries: int, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = make_cache(PageLayout.of(spec, head_size, head_size, 64), (65,), heads=1)
+    launched = {}
+    real = decode._attend
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: launched.update(options) or real[grid](*args, **options)
+
+    monkeypatch.setattr(decode, "_attend", Kernel())
+    check_decode(cache, noise(1, num_queries, 4, head_size))
+    assert launched["num_stages"] == stages
 
 
 @pytest.mark.parametrize("sizes", [(128, 80), (40, 96)], ids=str)

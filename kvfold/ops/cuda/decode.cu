@@ -4,7 +4,7 @@
 // (16, 32, 64 tokens), NB (blocks of four query rows a warp serves), WARPS, STAGES, QTYPE (0 bf16, 1 f16, 2 f32), SOFTCAP,
 // MASKED, FIXED (0: balanced splits over all sequences, 1: splits that depend on the sequence alone), SLICE (bytes of shared
 // memory of a warp), ROW_FLOATS (of a row of a partial result), SLOTS and PLACES (in scratch, for partial results of a CTA and
-// of a warp), KT0.. VUR1 (codebooks as byte tables), SIGN0..SIGN3 (signs of the rotation, bit 1 = negative).
+// of a warp), KT0.. VUE1 (codebooks as byte tables), SIGN0..SIGN3 (signs of the rotation, bit 1 = negative).
 //
 // Terms: an *item* is a sequence, a KV head and a block of 4 NB query rows (row = query token * group + head in group). A
 // *step* is 32 tokens, two tiles. Each warp gets a piece of an item, or, where lengths differ, an equal stretch of the line of

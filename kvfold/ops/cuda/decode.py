@@ -67,7 +67,7 @@ def look_up(side: Side) -> list[str]:
     A product with the looked-up integer gives the level less one half. Up to eight levels the first table has all, and
     the second is not used. Sixteen are the sum of two look-ups: the nibble is a Lloyd–Max code, or a trellis' refine
     bits as stored and, below, the path's two bits. Of thirty-two levels the tables have the magnitudes. Where t is even
-    the path's bits are swapped, and above the refine bits if there are two: ``join`` in decode_codes.cuh makes nibbles.
+    the path's bits are swapped, and above the refine bits if there are two: decode_codes.cuh makes such nibbles.
     """
     trellis = side.family == "trellis"
     book = trellis_levels(int(side.bits)) if trellis else lloyd_max(int(side.bits), HEAD_SIZE)

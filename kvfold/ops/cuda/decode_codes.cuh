@@ -47,7 +47,7 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.v_low_even = SAME_LEVELS ? L.k_low_even : VTRELLIS ? pin(VTE0 + zero, lane) : 0;
     L.v_high_even = SAME_LEVELS ? L.k_high_even : VTRELLIS && VBITS > 2 ? pin(VUE0 + zero, lane) : 0;
     L.low_pairs = KTRELLIS || VTRELLIS ? pin(0x33333333u + zero, lane) : 0;
-    L.but_two = VTRELLIS ? pin(0xccccccccu + zero, lane) : 0;
+    L.but_two = VTRELLIS && VBITS > 2 ? pin(0xccccccccu + zero, lane) : 0;
     L.even_bits = (KTRELLIS && KBITS == 2) || (VTRELLIS && VBITS == 2) ? pin(0x55555555u + zero, lane) : 0;
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
     L.word_order1 = pin(L.word_order ^ 0x6666u, lane);
@@ -60,8 +60,8 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
 
 // Indices of the levels of 32 coordinates, or of eight tokens' four, in the nibbles of four words: the path's bits from
 // `even` and `odd` (path_bits()), and refine bits, from `low` and `high` (2 bits a coordinate) or from `low` alone (1 bit). These
-// lie above the path's bits, but below them where a word with even t has two: that saves shifts. With 5 bits the sign is in
-// `top`, and nibbles are magnitudes: where it is clear the path's bits are complemented, as the refine bits are in memory.
+// lie above the path's bits, but below them where a word with even t has two, which saves the third word a shift. With 5 bits the
+// sign is in `top`, and nibbles are magnitudes: where it is clear the path's bits are complemented, as the refine bits are in memory.
 template <int BITS>
 __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4]) {
     if (BITS == 2) {
@@ -85,7 +85,8 @@ __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, 
 }
 
 // The same of 2 bits, where words have eight tokens' nibbles: of each one the path's bits of t to t + 3. `before` has the two of
-// t - 2 and t - 1 in the lower bits, and gets those for the next nibbles. A pair is a word, that of one up or down, and one bit.
+// t - 2 and t - 1 in the lower bits, and gets those for the next nibbles. Each pair is the lower bits of `before`, u or u two down,
+// one of them xor the same bit of another of these.
 __device__ __forceinline__ void join_nibbles(const Lane& L, u32& before, u32 u, u32 low, u32 (&w)[4]) {
     const u32 down = u >> 2, r_even = low & L.even_bits, r_odd = low >> 1 & L.even_bits;
     w[0] = select(before ^ (u & 0x11111111u), r_even << 2, L.low_pairs);
@@ -95,7 +96,7 @@ __device__ __forceinline__ void join_nibbles(const Lane& L, u32& before, u32 u, 
     before = down;
 }
 
-// Of the four words that join() makes: 0xff for each of four coordinates whose sign in `top` is set, which is positive.
+// Of four words of indices: 0xff for each of four coordinates whose sign in `top` is set, which is positive.
 __device__ __forceinline__ u32 sign_bytes(u32 top, int word, bool upper_half) {
     return prmt(top << (7 - word), top << (3 - word), upper_half ? 0xfbeau : 0xd9c8u);
 }
@@ -157,13 +158,13 @@ __device__ __forceinline__ void interleave(u32 x, u32 y, u32 mask, u32& low, u32
     high = select(x >> 4, y, mask);
 }
 
-// Nibbles of eight tokens, shifted up as strings: `before` has the nibbles before theirs.
+// Nibbles of eight tokens, two up as strings: `before` has the nibbles before theirs.
 __device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 nibbles) {
     return select(nibbles << 2, before >> 2, L.but_two);
 }
 
 // Calls `use(j, e, f, top, word)` for each of the eight products of a step: the codes of eight tokens, of the coordinates of rows
-// g and g + 8; of a trellis e is the word of that number that join() makes, and f the next one.
+// g and g + 8; of a trellis e is the word of that number of four, and f the next one.
 template <class Use>
 __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, const Use& use) {
 #if VTRELLIS

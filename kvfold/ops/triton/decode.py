@@ -144,8 +144,9 @@ def _launch(
 def _stages(k: sides.Packed, v: sides.Packed, launch: _Launch) -> int:
     """Steps whose loads are under way: one if there is no room for two, or if their way is longer than the wait.
 
-    With two the next step's words come by shared memory. Of keys in several narrow planes they are so many copies that
-    a warp alone is slower by them than by waiting for what it loads at once (docs/kernels.md).
+    With two the next step's words come by shared memory. Of keys in several narrow planes, as far as their nibbles are
+    looked up, they are so many copies that a warp alone is slower by them than by waiting for what it loads at once
+    (docs/kernels.md).
     """
     if launch.warps > max(1, launch.row_tile // 16) and max(k.bits, v.bits) > 4:
         return 1
