@@ -3,9 +3,9 @@
 # ruff: noqa: I001 (the stand-in comes before vLLM)
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
+import types
 from importlib.metadata import distributions
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,13 @@ import vllm_stand_in as stand_in  # skips where vLLM is not installed
 from vllm.config import KVTransferConfig
 from vllm.config.cache import KV_CACHE_DTYPES, CacheConfig, get_kv_cache_dtype_handler
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec, get_kv_quant_mode
 
 from kvfold.errors import FormatError, NotBuiltError, UnsupportedModelError
 from kvfold.formats import KVFormat
-from kvfold.integrations.vllm import DTYPES, register
+from kvfold.integrations.vllm import DTYPES, mla, register
 from kvfold.integrations.vllm.backend import (
     ByLayer,
     CompressedBackend,
@@ -357,19 +358,26 @@ def test_a_draft_models_own_cache_is_its_own() -> None:
 
 
 def test_mla_is_refused() -> None:
-    """By the dtype alone it is vLLM that refuses: the slot TURBOQUANT is none of MLA's, so kvfold is not asked."""
+    """By the dtype alone, which vLLM would refuse without a word about what to do, and with the backend."""
     question = {"use_mla": True, "head_size": 576}
     assert choose(config("auto"), **question).is_mla()
-    with pytest.raises(ValueError, match="No valid attention backend") as caught:
-        choose(config("turboquant"), **question)
-    assert "kv_cache_dtype=turboquant" in str(caught.value)
-    reasons = dict(re.findall(r"(\w+): \[(.*?)\]", str(caught.value).split("Reasons: ")[1]))
-    asked = {name: why for name, why in reasons.items() if "Error: " not in why}  # that can be imported here
-    assert asked.pop("TRITON_MLA") == "kv_cache_dtype not supported"
-    assert asked
-    assert all("kv_cache_dtype not supported" in why for why in asked.values())
-    with pytest.raises(ValueError, match="latent cache of MLA is not compressed; leave --kv-cache-dtype out"):
-        choose(config("turboquant", "turboquant"), **question)
+    assert choose(config("turboquant"), "auto", **question).is_mla()  # a layer that is skipped
+    says = "latent cache of MLA is not compressed; leave --kv-cache-dtype out for this model"
+    for cfg in (config("turboquant"), config("kvfold_k3v3"), config("turboquant", "turboquant")):
+        with pytest.raises(UnsupportedModelError, match=f"^kvfold: {cfg.cache_config.cache_dtype}: the {says}$"):
+            choose(cfg, **question)
+    with pytest.raises(ValueError, match="No valid attention backend"):  # upstream's are vLLM's to answer
+        choose(config(UPSTREAM), **question)
+
+
+def test_the_function_that_refuses_mla_is_replaced_once_and_only_where_there_is_one() -> None:
+    answer = selector._cached_get_attn_backend
+    register()
+    assert selector._cached_get_attn_backend is answer
+    assert answer.cache_info().maxsize is None  # vLLM's own, which its tests clear
+    other = types.ModuleType("selector")
+    mla.refuse_in(other)
+    assert not hasattr(other, "_cached_get_attn_backend")
 
 
 def test_small_blocks_and_float32_are_refused() -> None:

@@ -2,8 +2,9 @@
 
 vLLM finds :func:`register` by the entry point ``kvfold`` of the group ``vllm.general_plugins`` and calls it in each of
 its processes. It adds names of cache dtypes and takes over the slot ``TURBOQUANT`` among the attention backends; see
-:mod:`kvfold.integrations.vllm.backend` for what happens with upstream's own ``turboquant_...``. docs/vllm.md says how
-it is used. Importing this package imports neither vLLM nor torch.
+:mod:`kvfold.integrations.vllm.backend` for what happens with upstream's own ``turboquant_...``, and
+:mod:`kvfold.integrations.vllm.mla` for the one function that is replaced. docs/vllm.md says how it is used. Importing
+this package imports neither vLLM nor torch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def register() -> None:
     """Make the cache dtypes and the attention backend known to vLLM. Cheap, re-entrant, initialises no device."""
     try:
         from vllm.config.cache import get_kv_cache_dtype_handler, register_kv_cache_dtype
+        from vllm.v1.attention import selector
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
         from vllm.v1.kv_cache_interface import KVQuantMode
 
@@ -39,6 +41,8 @@ def register() -> None:
         )
         return
     import torch
+
+    from kvfold.integrations.vllm import mla
 
     class Handler:
         """What vLLM asks about a cache dtype: bytes, whose layout is the backend's business."""
@@ -59,3 +63,4 @@ def register() -> None:
         if slot.is_overridden():
             logging.getLogger("vllm.kvfold").warning("kvfold replaces %s in slot TURBOQUANT", slot.get_path())
         register_backend(slot, BACKEND)
+    mla.refuse_in(selector)

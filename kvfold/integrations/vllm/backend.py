@@ -70,6 +70,11 @@ def ways_out(by_name: bool) -> dict[str, str]:
     return {"skip": skip, "leave": f"leave {option} out for this model"}
 
 
+def why_not_mla() -> str:
+    """Why a layer with MLA is refused whose dtype is kvfold's, and the way out."""
+    return _WAYS_OUT["MLA not supported"].format(**ways_out(False))
+
+
 def original() -> type[AttentionBackend]:
     """Upstream's class in the slot."""
     backend: type[AttentionBackend] = resolve_obj_by_qualname(AttentionBackendEnum.TURBOQUANT.value)
