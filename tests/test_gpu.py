@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from tiny_models import prompt, tiny
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from kvfold import KVCache, ops
+from kvfold.integrations.transformers.attention import LazyPackedKV
 from kvfold.layout import PageLayout
 
 pytestmark = pytest.mark.gpu
@@ -63,3 +64,40 @@ def test_a_compressed_cache_in_bfloat16() -> None:
     out = model.generate(**inputs, max_new_tokens=20, do_sample=False, past_key_values=cache)
     assert out.shape == (2, 220)
     assert cache.memory().total == 2 * 2 * 256 * 2 * 36  # rows, layers, tokens, KV heads, bytes of a token at d = 32
+
+
+@pytest.mark.parametrize("fmt", ["k4v4", "k2tv2t"])
+def test_a_model_larger_than_smollm2_generates_without_a_dequantised_copy(
+    fmt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights, 200 million, heads of 128: a step of decoding takes less than half of K and V of one layer."""
+
+    def refuse(self: LazyPackedKV) -> torch.Tensor:
+        raise AssertionError("the whole cache was de-quantised")
+
+    monkeypatch.setattr(LazyPackedKV, "tensor", refuse)
+    rows, tokens, heads, head_size = 2, 8192, 4, 128
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=heads, head_dim=head_size, vocab_size=32000, max_position_embeddings=2 * tokens,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        ids = torch.randint(3, config.vocab_size, (rows, tokens))
+    assert sum(x.numel() for x in model.parameters()) > 135e6
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    cache = KVCache.for_model(model, fmt, max_length=tokens + 64)
+    assert ops.choose(ids.device, PageLayout.of(fmt, head_size, head_size, 64)).__name__ == "kvfold.ops.cuda"
+    out = model.generate(**inputs, past_key_values=cache)
+    assert out.shape == (rows, tokens + 8)
+    before = torch.cuda.memory_allocated(DEVICE)
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    with torch.inference_mode():
+        got = model(out[:, -1:], past_key_values=cache).logits
+        taken = torch.cuda.max_memory_allocated(DEVICE) - before
+        cache.crop(-1)
+        with ops.backend("reference"):
+            wanted = model(out[:, -1:], past_key_values=cache).logits
+    assert taken < rows * tokens * heads * 2 * head_size * 2 / 2
+    assert torch.linalg.vector_norm(got - wanted) < 0.05 * torch.linalg.vector_norm(wanted)
