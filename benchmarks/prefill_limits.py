@@ -80,15 +80,15 @@ def watched() -> Iterator[Watched]:
         function = kept[module, name] = getattr(module, name)
 
         def called(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
             seen.in_order.append(call := partial(function, *args, **kwargs))
-            note(call, *args)
-            return result
+            note(call, *args)  # before a result takes the place of an argument
+            return function(*args, **kwargs)
 
         setattr(module, name, called)
 
-    def attention(_: Call, *args: Any) -> None:
-        seen.attention.append(tuple(copied(x) if isinstance(x, torch.Tensor) else x for x in args))
+    def attention(call: partial[object], *args: Any) -> None:
+        kept_args = [copied(x) if isinstance(x, torch.Tensor) else x for x in args]
+        seen.attention.append((*kept_args, None, 0, None, call.keywords.get("splits", 1)))  # no bounds, no place
 
     def window(call: Call, _plan: object, _pages: object, _table: object, k: torch.Tensor, *_: object) -> None:
         seen.windows.append(call)

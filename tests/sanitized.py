@@ -23,7 +23,7 @@ from ops_cases import Cache, empty_cache, noise
 from kvfold import ops
 from kvfold.layout import PageLayout
 from kvfold.ops import reference
-from kvfold.ops.cuda import dense, expand, prefill, references, runtime
+from kvfold.ops.cuda import dense, expand, prefill, references, runtime, windows
 from kvfold.rotation import rotate
 
 HEADS = 2
@@ -112,7 +112,8 @@ def run_prefill(
     device: torch.device, layout: PageLayout, contexts: Sequence[int], chunks: Sequence[int], packed: bool = False,
     window: int | None = None, dtype: torch.dtype = BF16,
 ) -> None:  # fmt: skip
-    """Chunks behind contexts; ``window`` tokens are expanded at a time on each of two streams, by default all on one.
+    """Chunks behind contexts; ``window`` tokens or so are expanded at a time on each of two streams, by default all on
+    one.
 
     The library is cuDNN everywhere, whose kernels ``make sanitize`` leaves out.
     """
@@ -125,8 +126,13 @@ def run_prefill(
     lens = cache.lengths if packed else torch.tensor(contexts, dtype=torch.int32)
     bounds = torch.tensor([0, *chunks]).cumsum(0).int()
     pages = stored(cache, (k, v), device)
-    sizes = {} if window is None else {"WINDOW_BYTES": 2 * window * HEADS * prefill._TOKEN_BYTES, "_LONG": 0.0}
-    with ops.backend("cuda"), dense.engine("cudnn"), mock.patch.multiple(prefill, **{"_FEW_ROWS": 64, **sizes}):
+    vectors = 4 * max(chunks) * (windows.SLOTS + 1)  # queries, and results that cuDNN allocates
+    room = 2 * HEADS * ((window or 0) * windows.TOKEN_BYTES + vectors * windows.VECTOR_BYTES)
+    sizes = {} if window is None else {"SCRATCH_BYTES": room, "_LONG": 0.0}
+    with (
+        ops.backend("cuda"), dense.engine("cudnn"), mock.patch.multiple(prefill, _FEW_ROWS=64),
+        mock.patch.multiple(windows, **{"plan": windows.plan.__wrapped__, "split": windows.split.__wrapped__, **sizes}),
+    ):  # fmt: skip
         out, lse = ops.prefill_attention(
             q.to(device), pages, cache.table.to(device), lens.to(device), bounds.to(device), layout, scale=SCALE,
             **{name: x.to(device) for name, x in exact.items()},
@@ -170,17 +176,18 @@ def run_rotate(device: torch.device, layout: PageLayout, context: int, chunk: in
     k, v = noises(chunk, dtype)
     given = [x.to(device) for x in (q, k, v)]
     outs = [torch.full((x.shape[1], context + chunk, 128), torch.nan, dtype=F16, device=device) for x in given]
+    outs = [x.transpose(0, 1) for x in outs]  # as windows are
     peaks = expand.find_peaks(pages, table, layout, tokens=context, chunk=(given[1], given[2]))
     sides = (prefill.QUERIES, prefill.KEYS, prefill.VALUES)
-    jobs = [(x, out[:, context:], side) for x, out, side in zip(given, outs, sides, strict=True)]
+    jobs = [(x, out[context:], side) for x, out, side in zip(given, outs, sides, strict=True)]
     prefill.rotate(jobs, peaks)
     largest = torch.stack([8 * x.float().abs().max() for x in (k, v)])  # more than any scale in the pages
     assert torch.equal(peaks.cpu(), largest), "peaks"
     power_k, power_v = largest.log2().floor().exp2()
     for x, out, factor in zip((q, k, v), outs, (power_k / 64, 1024 / power_k, 1024 / power_v), strict=True):
-        got, want = out.cpu().float(), (rotate(x.float()) * factor).transpose(0, 1)
-        assert got[:, :context].isnan().all(), "before the chunk"
-        assert (got[:, context:] - want).norm() <= TOLERANCE[F16] * want.norm()
+        got, want = out.cpu().float(), rotate(x.float()) * factor
+        assert got[:context].isnan().all(), "before the chunk"
+        assert (got[context:] - want).norm() <= TOLERANCE[F16] * want.norm()
 
 
 # --- the cases --------------------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def test_python_and_cuda_agree_on_structures(device: EmulatedDevice) -> None:
         device.kernel("store_trellis.cu", "store_trellis", none, **store._defines(trellis, inputs, inputs)),
         device.kernel("references.cu", "open_pages", none, **references._defines(layout, *inputs)),
         device.kernel("expand.cu", "expand", none, **expand._defines(layout, F16, False)),
-        prefill._merge_kernel(3, True, BF16, 0)[0],
+        prefill._merge_kernel(False, True, BF16, 0)[0],
         decode._kernel(layout, 0, 1, BF16, False, False, False)[0],
         device.kernel("schedule.cu", "deal_out", none, WARPS=16),
     ]

@@ -27,7 +27,7 @@ from ops_cases import Peak, empty_cache, expected, fill, make_cache, noise, sees
 from kvfold import ops
 from kvfold.errors import FormatError
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda import dense, expand, prefill, runtime
+from kvfold.ops.cuda import dense, expand, prefill, runtime, windows
 from kvfold.rotation import rotate
 
 pytestmark = pytest.mark.skipif(emulator.unavailable() is not None, reason=str(emulator.unavailable()))
@@ -38,6 +38,21 @@ def device() -> Iterator[EmulatedDevice]:
     """A GPU of three multiprocessors: so few that small inputs are cut into stretches, and merged across blocks."""
     with emulated_device(multiprocessors=3) as device, ops.backend("cuda"):
         yield device
+
+
+FA3 = windows.Library(shares=True, in_place=True)
+
+
+def room_for(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, rows: int, heads: int = 1, streams: int = 2, slots: int = 3
+) -> int:
+    """Make scratch as small as each stream's window of so many tokens, ``rows`` queries of a KV head, and results."""
+    size = streams * heads * (tokens * windows.TOKEN_BYTES + rows * slots * windows.VECTOR_BYTES)
+    monkeypatch.setattr(windows, "SCRATCH_BYTES", size)
+    monkeypatch.setattr(windows, "_LONG", 0.0 if streams > 1 else 1e9)
+    windows.plan.cache_clear()
+    windows.split.cache_clear()
+    return size
 
 
 # --- prefill ----------------------------------------------------------------------------------------------------------
@@ -59,6 +74,7 @@ def cudnn(
 def flash_attn_varlen_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float, causal: bool, out: torch.Tensor | None = None,
+    num_splits: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """In place of FlashAttention-3's: the last query of a sequence sees all its keys."""
     assert q.dtype == k.dtype == v.dtype
@@ -72,7 +88,8 @@ def flash_attn_varlen_func(
         assert int(bounds[0]) == 0
         assert int(bounds[-1]) == len(x)
         assert int(bounds.diff().max()) == longest
-    assert out is None or (out.shape, out.dtype, out.is_contiguous()) == (q.shape, q.dtype, True)
+    assert out is None or (out.shape, out.dtype, out.stride(2)) == (q.shape, q.dtype, 1)
+    assert num_splits > 0
     out, lse = torch.empty_like(q) if out is None else out, torch.empty(q.shape[1], len(q))
     for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
         queries, keys, values = (x.double().transpose(0, 1) for x in (q[q0:q1], k[k0:k1], v[k0:k1]))
@@ -116,9 +133,8 @@ def test_prefill(
     spec: str, dtype: torch.dtype, heads: int, group: int, k_size: float, v_size: float, chunk: str, engine: str,
     device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Windows of 48 tokens, two at a time or one for all; a chunk of one token goes to the decode kernel."""
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", 2 * 48 * 512 * heads)
-    monkeypatch.setattr(prefill, "_LONG", 0.0)
+    """Windows of 48 tokens or so, two at a time, or one for all; a chunk of one token goes to the decode kernel."""
+    room_for(monkeypatch, 48, 33 * group, heads)
     expand_heads = mock.Mock(side_effect=expand.expand_heads)
     monkeypatch.setattr(expand, "expand_heads", expand_heads)
     contexts, chunks = (0, 0, 37, 100, 16, 65, 0, 0), (20, 3, 9, 33, 0, 1, 0, 6)
@@ -156,26 +172,23 @@ def test_prefill(
 
 @pytest.mark.parametrize("chunk", ["exact", "packed"])
 @pytest.mark.parametrize("engine", ["cudnn", "fa3", "fa3 that allocates"], indirect=True)
-@pytest.mark.parametrize("budget", [160 * 512, 600 * 512, 2**20])
+@pytest.mark.parametrize(
+    "budget", [(32, 48), (48, 202, 1, 1), (80, 202, 1, 2), (150, 202), (150, 202, 3), (64, 48, 1, 1)]
+)
 def test_chunks_that_exceed_windows(
-    budget: int, chunk: str, engine: str, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+    budget: tuple[int, ...], chunk: str, engine: str, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Queries in several parts, windows of some heads or of some of a head's tokens."""
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", budget)
-    monkeypatch.setattr(prefill, "_LONG", 0.0)
-    monkeypatch.setattr(prefill, "_RESULT_BYTES", 2**18)
+    """Queries in several parts, windows of some heads or of some of a head's tokens, results that are joined twice."""
+    room_for(monkeypatch, *budget)
     layout = PageLayout.of("k4v4", 128, page_size=16)
     cache = make_cache(layout, (150,), heads=3)
     count = 101
     q, k, v = (noise(count, heads, 128, seed=seed).to(BF16) for seed, heads in enumerate((6, 3, 3)))
     q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
     own = {"k": k, "v": v} if chunk == "exact" else {}
-    sizes = mock.Mock(side_effect=prefill._Windows)
-    with mock.patch.object(prefill, "_Windows", sizes):
-        out, lse = ops.prefill_attention(
-            q, cache.pages, cache.table, cache.lengths, torch.tensor([0, count]), layout, scale=0.1, **own
-        )
-    assert 0 < sum(call.args[-1] for call in sizes.call_args_list) * 512 <= budget
+    out, lse = ops.prefill_attention(
+        q, cache.pages, cache.table, cache.lengths, torch.tensor([0, count]), layout, scale=0.1, **own
+    )
     keys, values = cache.vectors(0)
     if chunk == "exact":
         keys, values = (torch.cat([x, y.double()]) for x, y in zip((keys, values), (k, v), strict=True))
@@ -186,15 +199,56 @@ def test_chunks_that_exceed_windows(
     assert not any(name == "decode" for name, _ in device.launches)
 
 
+@pytest.mark.parametrize("lent", [0, 1, 2])
+@pytest.mark.parametrize(("heads", "width"), [(2, 1), (6, 1), (4, 2)])
+@pytest.mark.parametrize("joins", [False, True])
+def test_places_that_are_lent(
+    joins: bool, heads: int, width: int, lent: int, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries of streams lie where results will be, and the chunk attends to itself in windows that have been read."""
+    count, context = 41, 150
+    monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
+    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func, takes_out=True))
+    monkeypatch.setattr(windows, "split", lambda *_: (0.0, windows.Split(width, 32 if joins else 160)))
+    found = windows._in_parts(count, count, heads, 2, context, False, windows.Share(1, 2, FA3, lent))
+    assert found is not None
+    memory = 2 * 2 * width * (32 if joins else context) + (2 * (3 if joins else 1) - lent) * 2 * width * count
+    assert sum(found[1].vectors) == memory
+    monkeypatch.setattr(windows, "plan", lambda *_: found[1])
+    layout = PageLayout.of("k4v4", 128, page_size=16)
+    cache = make_cache(layout, (context,), heads=heads)
+    q, k, v = (noise(count, x, 128, seed=x).to(BF16) for x in (2 * heads, heads, heads))
+    with dense.engine("fa3"):
+        out, lse = ops.prefill_attention(
+            q, cache.pages, cache.table, cache.lengths, torch.tensor([0, count]), layout, scale=0.1, k=k, v=v
+        )
+    keys, values = (torch.cat([x, y.double()]) for x, y in zip(cache.vectors(0), (k, v), strict=True))
+    want = expected(q.float(), keys, values, sees(count, len(keys)), 0.1)
+    error = (out.double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
+    assert error.max() < 2 * TOLERANCE[BF16]
+    assert (lse - want.truth[1]).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("lent", [0, 1, 2])
+def test_lending_where_it_saves_a_window(lent: int) -> None:
+    """Two heads' keys fit if their queries are elsewhere; nobody lends a place for nothing."""
+    context = {0: 28672, 1: 30720, 2: 32768}[lent]
+    plan = windows.plan(2048, 8, 4, context, False, 132, FA3)
+    assert (plan.share.lent, len(plan.lenders)) == (lent, lent)
+    assert [(x.heads, x.windows) for x in plan.groups] == [(2, ((0, context),))] * 4
+    assert sum(plan.vectors) * 256 <= windows.SCRATCH_BYTES
+    without = FA3._replace(in_place=False)
+    assert windows.plan(2048, 8, 4, context, False, 132, without).share.lent == 0
+    assert windows.plan(2048, 8, 4, context, True, 132, FA3).share.lent == 0
+
+
 @pytest.mark.parametrize("places", [True, False])
 @pytest.mark.parametrize("chunk", ["exact", "packed"])
+@pytest.mark.parametrize("size", [(700, 1200), (400, 1200), (300, 700), (700, 1200, 1, 1)])
 def test_what_a_prefill_takes_is_bounded(
-    chunk: str, places: bool, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, ...], chunk: str, places: bool, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlashAttention-3: windows, rotated queries and partial results, whatever chunk and prefix are.
-
-    Where the library allocates, the chunk's own result is one more, of all or of some heads.
-    """
+    """FlashAttention-3: windows, rotated queries and partial results, whatever chunk and prefix are."""
     peak = Peak()
 
     def attend(out: torch.Tensor | None = None, **named: Any) -> tuple[torch.Tensor, ...]:
@@ -205,10 +259,7 @@ def test_what_a_prefill_takes_is_bounded(
 
     monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
     monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(attend, takes_out=places))
-    monkeypatch.setattr(prefill, "_LONG", 0.0)
-    rooms = {"WINDOW_BYTES": 800 * 512, "_QUERY_BYTES": 2 * 128 * 2 * 256, "_RESULT_BYTES": 4 * 128 * 2 * 256}
-    for name, room in rooms.items():
-        monkeypatch.setattr(prefill, name, room)
+    most = room_for(monkeypatch, *size)
     layout = PageLayout.of("k4v4", 128, page_size=16)
     cache = make_cache(layout, (700,), heads=2)
     q, k, v = (noise(600, count, 128, seed=seed).to(BF16) for seed, count in enumerate((4, 2, 2)))
@@ -218,7 +269,6 @@ def test_what_a_prefill_takes_is_bounded(
             q, cache.pages, cache.table, cache.lengths, torch.tensor([0, 600]), layout, scale=0.1, **own
         )
     beside = peak.most - 2 * out.numel() - 4 * lse.numel()
-    most = sum(rooms.values()) + (0 if places or chunk == "packed" else out.numel() * 2 // 2)
     assert most / 3 < beside <= most + 2**15  # log-sum-exps, peaks, bounds
 
 
@@ -235,8 +285,7 @@ def test_parts_of_a_prefill_can_be_called_again(device: EmulatedDevice, monkeypa
 
     monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
     monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(attend, takes_out=True))
-    monkeypatch.setattr(prefill, "_LONG", 0.0)
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", 2 * 160 * 512)  # the keys of one head, twice
+    room_for(monkeypatch, 160, 202, slots=1)  # the keys of one head, twice
     layout = PageLayout.of("k4v4", 128, page_size=16)
     cache = make_cache(layout, (150,), heads=3)
     q, k, v = (noise(101, count, 128, seed=seed).to(BF16) for seed, count in enumerate((6, 3, 3)))
@@ -326,7 +375,8 @@ def test_a_package_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.M
             assert dense.choose(torch.device("cuda", 0)) == "fa3"
             function = dense._of_package().function
             assert function is not None
-            assert function(q=None) == 0  # it shares keys among SMs
+            assert function(q=None, num_splits=5) == 5  # it shares keys among SMs
+            assert dense._of_package().takes_splits
         else:
             with dense.engine("fa3"), pytest.raises(FormatError, match=r"cannot be imported .*undefined symbol"):
                 dense.choose(torch.device("cuda", 0))
@@ -354,63 +404,80 @@ def test_which_library_attends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_how_keys_are_cut() -> None:
-    room = 32 * 2**20
-    assert prefill._split(8192, 8, 30720, 0, room, 132, True) == (2, 32768)  # whole heads, and nothing to join
-    assert prefill._split(2048, 8, 30720, 0, 2 * room, 132, False) == (8, 16384)  # of four heads: 64 blocks
-    assert prefill._split(68, 8, 30720, 0, 2 * room, 132, True) == (4, 32768)  # FlashAttention-3 shares them among all
-    assert prefill._split(4096, 8, 8000, 0, room, 132, True) == (8, 8192)  # all at once
+    one = windows.Share(132, 1, FA3)
+    two = windows.Share(66, 2, FA3)
+
+    def cut(share: windows.Share, *given: int) -> windows.Split:
+        found = windows.split(*given, share)
+        assert found is not None
+        return found[1]
+
+    assert cut(two._replace(lent=1), 8192, 8, 30720, 0) == (2, 30720)  # whole heads, and nothing to join
+    assert cut(one, 2048, 8, 30720, 0) == (8, 10240)  # of four heads there would be 64 blocks
+    assert cut(one, 68, 8, 30720, 0) == (3, 30720)  # FlashAttention-3 shares them among all
+    assert cut(one, 4096, 8, 8000, 0) == (8, 8000)  # all at once
+    assert cut(two, 4096, 8, 8000, 0) == (4, 8000)
     for rows, heads, keys, own in ((1, 1, 10**6, 0), (300, 3, 5, 300), (5000, 5, 40000, 0), (100, 2, 0, 100)):
-        split = prefill._split(rows, heads, keys, own, room, 132, True)
-        assert 0 < split.heads <= heads
-        assert split.tokens % 16 == 0 < split.tokens
-        assert split.heads * split.tokens * 512 <= room
+        for share in (one, two):
+            split = cut(share, rows, heads, keys, own)
+            assert 0 < split.heads <= heads
+            assert split.tokens % 16 == 0 < split.tokens
+            assert split.tokens <= share.tokens_of(split.heads, rows, min(windows.SLOTS, -(-keys // split.tokens) + 1))
 
 
 @pytest.mark.parametrize(
     ("count", "heads", "group", "prefix"),
     [(2048, 8, 4, 30720), (8192, 8, 4, 30720), (40000, 8, 4, 17), (2048, 32, 1, 10**6), (300, 1, 32, 10**6),
-     (70000, 4, 8, 1), (65, 3, 1, 5), (2048, 2, 64, 131072), (8193, 4, 8, 500_000), (20_000, 8, 8, 200_000)],
+     (70000, 4, 8, 1), (65, 3, 1, 5), (2048, 8, 4, 32768), (2048, 8, 4, 120_000), (8192, 8, 4, 24_000),
+     (20, 1, 64, 10**7), (16384, 8, 4, 16384), (2048, 2, 64, 131072), (8193, 4, 8, 500_000), (20_000, 8, 8, 200_000)],
 )  # fmt: skip
 @pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("library", [FA3, FA3._replace(in_place=False), windows.Library(False, False)])
 def test_who_reads_what(
-    packed: bool, count: int, heads: int, group: int, prefix: int, monkeypatch: pytest.MonkeyPatch
+    library: windows.Library, packed: bool, count: int, heads: int, group: int, prefix: int
 ) -> None:
     """All queries read all keys before them once, and what exists at a time is bounded."""
-    room = prefill.WINDOW_BYTES // 2
-    groups = prefill._groups(count, heads, group, prefix, packed, room, 132, True)
-    served = sorted((x.begin, x.first, x.rows, x.heads) for x in groups)
+    plan = windows.plan(count, heads, group, prefix, packed, 132, library)
+    served = sorted((x.begin, x.first, x.rows, x.heads) for x in plan.groups)
     assert served[0][:2] == (0, 0)
     for (begin, first, rows, width), (next_begin, next_first, *_) in pairwise([*served, (count, 0, 0, 0)]):
         assert (next_begin, next_first) == ((begin, first + width) if next_begin == begin else (begin + rows, 0))
         assert next_begin == begin or first + width == heads
-    for x in groups:
-        windows = list(x.windows)
+    inside = 0
+    for x in plan.groups:
+        cuts = list(x.windows)
         before = prefix + x.begin if packed else prefix
         if packed:
-            start, end = windows.pop(0)
+            start, end = cuts.pop(0)
             assert (end, start % 16) == (before + x.rows, 0)
             assert 0 <= before - start < 16
-        assert [start for start, _ in windows] + [before] == [0] + [end for _, end in windows]
-        assert all(start % 16 == 0 and x.heads * (end - start) * 512 <= room for start, end in x.windows)
-        vectors = 2 * x.heads * group * x.rows
-        assert vectors * 256 <= prefill._QUERY_BYTES
-        assert vectors * 256 * len(x.windows) <= prefill._RESULT_BYTES
-    layout, meta = PageLayout.of("k4v4", 128, page_size=64), torch.device("meta")
-    q = torch.empty(count, heads * group, 128, dtype=BF16, device=meta)
-    table = torch.empty(1, 1, dtype=torch.int32, device=meta)
-    s = prefill._Sequence(q, None, table, prefix, table, q, q)
-    pages = torch.empty(layout.page_shape(1, heads), dtype=torch.uint8, device=meta)
-    monkeypatch.setattr(expand, "plan", lambda *_: None)
-    monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func, takes_out=True))
-    lanes = prefill._lanes([mock.Mock(), mock.Mock()], s, pages, layout, groups, group, "fa3")
-    memory = [(sum(x.nbytes for x in lane.windows._memory), lane._memory.nbytes) for lane in lanes]
-    assert sum(windows for windows, _ in memory) <= prefill.WINDOW_BYTES
-    assert sum(others for _, others in memory) <= prefill._QUERY_BYTES + prefill._RESULT_BYTES
-    for x, lane in ((x, lane) for x in groups for lane in lanes):
-        parts = [lane.queries(x.heads * group, x.rows)]
-        parts += [lane.result(at, x.heads * group, x.rows) for at in range(len(x.windows))]
-        starts = [y.storage_offset() for y in parts]
-        assert [y - z for y, z in zip(starts[1:], starts, strict=False)] == [parts[0].numel()] * len(x.windows)
+        assert [start for start, _ in cuts] + [before] == [0] + [end for _, end in cuts]
+        assert all(start % 16 == 0 for start, _ in x.windows)
+        among = plan.share.among(windows.blocks_of(group * x.rows, x.heads))
+        results = 0 if library.in_place else min(len(x.windows), windows.SLOTS) * x.vectors * 256
+        inside = max(inside, results + (among * 4 * 128 * x.vectors if among > 1 else 0))
+    if plan.lenders:
+        assert (len(plan.lenders), packed) in ((1, False), (2, False))
+        assert {(x.heads, x.begin) for x in plan.groups} == {(plan.lenders[0].heads, 0)}
+        assert len(plan.groups) % 2 == 0
+    assert sum(plan.vectors) * 256 + plan.share.streams * inside <= windows.SCRATCH_BYTES
+    for stream, vectors in enumerate(plan.vectors):
+        lent = torch.empty(0) if stream >= plan.share.streams - plan.share.lent else None
+        memory = torch.empty(vectors, 128, dtype=F16, device="meta")
+        lane = prefill._Lane(mock.Mock(), memory, lent)
+        for x in plan.groups:
+            parts = [y for start, end in x.windows for y in lane.window(x, start, end)]
+            after = 2 * x.window_vectors * 128
+            assert all(y.storage_offset() + y.numel() <= after for y in parts)
+            waiting = min(len(x.windows), windows.SLOTS) - 1 if library.in_place else 0
+            places = [lane.result(x, at) for at in range(waiting)]
+            places = [lane.queries(x), *places] if lent is None else places
+            starts = [y.storage_offset() for y in places]
+            assert starts == [after + at * x.vectors * 128 for at in range(len(places))]
+            assert {tuple(y.shape) for y in places} <= {(x.rows, x.heads * group, 128)}
+        if plan.lenders and not stream:
+            late = lane.behind_windows(count, (heads - plan.lenders[0].first) * group)
+            assert late.numel() <= 2 * 128 * min(x.window_vectors for x in plan.groups)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -469,7 +536,7 @@ def test_two_streams_where_it_takes_long(packed: bool, device: EmulatedDevice, m
     monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
     monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(attend, takes_out=True))
     monkeypatch.setattr(torch, "arange", arange)
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", 2 * 160 * 512)
+    room_for(monkeypatch, 160, 82, slots=1)
     layout = PageLayout.of("k4v4", 128, page_size=16)
     cache = make_cache(layout, (150,), heads=3)
     q, k, v = (noise(41, count, 128, seed=seed).to(BF16) for seed, count in enumerate((6, 3, 3)))
@@ -482,7 +549,8 @@ def test_two_streams_where_it_takes_long(packed: bool, device: EmulatedDevice, m
 
     for long in (0.0, 1e9):
         dense._bounds.cache_clear()
-        monkeypatch.setattr(prefill, "_LONG", long)
+        monkeypatch.setattr(windows, "_LONG", long)
+        windows.plan.cache_clear()
         seen.clear()
         with dense.engine("fa3"):
             ops.prefill_attention(
@@ -505,13 +573,16 @@ def test_vectors_are_rotated(device: EmulatedDevice) -> None:
         k[3, 1], q[2, 2] = k[3, 1] * 100, 60000
         k = k.transpose(0, 1).contiguous().transpose(0, 1)
         peaks = torch.tensor([5e3, 3e3])
-        outs = [torch.full((x.shape[1], len(x) + 2, 128), torch.nan, dtype=F16) for x in (q, k, v)]
-        jobs = [(x, out[:, 2:], side) for x, out, side in zip((q, k, v), outs, range(3), strict=True)]
+        by_heads, by_rows = (torch.full((4, 37, 128), torch.nan, dtype=F16) for _ in range(2))
+        by_heads, by_rows = by_heads[:3].transpose(0, 1), by_rows.view(37, 4, 128)[:, 1:]  # with gaps
+        outs = [torch.full((7, 4, 128), torch.nan, dtype=F16), by_heads, by_rows[:18]]
+        jobs = [(x, out[2:], side) for x, out, side in zip((q, k, v), outs, range(3), strict=True)]
         prefill.rotate(jobs, peaks)
         for x, out, factor in zip((q, k, v), outs, (4096 / 64, 1024 / 4096, 1024 / 2048), strict=True):
-            want = (rotate(x.float()) * factor).clamp(-65504, 65504).transpose(0, 1)
-            torch.testing.assert_close(out[:, 2:].float(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
-            assert out[:, :2].isnan().all()
+            want = (rotate(x.float()) * factor).clamp(-65504, 65504)
+            torch.testing.assert_close(out[2:].float(), want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
+            assert out[:2].isnan().all()
+        assert by_rows[18:].isnan().all()
 
 
 def test_peaks_of_a_chunk(device: EmulatedDevice) -> None:

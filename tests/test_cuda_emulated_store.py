@@ -186,7 +186,7 @@ def test_windows_of_some_heads(coarse: bool, device: EmulatedDevice) -> None:
         wanted = layout.decode(cache.records(cache.slots(0)[start : start + tokens])[:, first : first + heads])
         for got, want, power in zip((k, v), wanted, (4, 0.5), strict=True):
             rounded = coarse and power == 0.5
-            rtol = 2**-8 if rounded else 2**-10
+            rtol = 2**-8 + 2**-11 if rounded else 2**-10  # rounded to 11 bits before
             torch.testing.assert_close(got.float(), want.transpose(0, 1) / power * 1024, rtol=rtol, atol=1e-6)
             assert torch.equal(got.to(BF16).to(F16), got) == rounded  # 8 significant bits
         assert memory[:, :, tokens:].isnan().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kvfold import ops
 from kvfold.errors import FormatError
 from kvfold.layout import PageLayout
 from kvfold.ops import reference
-from kvfold.ops.cuda import dense, prefill
+from kvfold.ops.cuda import dense, runtime, windows
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +53,14 @@ def stored(lengths: Sequence[int], spec: str, heads: int, k_size: float = 1.0) -
                 k, v, pages, cache.slots(b).to(DEVICE), layout, None if previous is None else previous.to(DEVICE)
             )
     return Cache(layout, pages, table, cache.lengths.to(DEVICE, torch.int32))
+
+
+def cut(monkeypatch: pytest.MonkeyPatch, room: int, long: float) -> None:
+    """Scratch of so many bytes, and two streams for what takes longer than that."""
+    monkeypatch.setattr(windows, "SCRATCH_BYTES", room)
+    monkeypatch.setattr(windows, "_LONG", long)
+    monkeypatch.setattr(windows, "split", windows.split.__wrapped__)
+    monkeypatch.setattr(windows, "plan", windows.plan.__wrapped__)
 
 
 def check(
@@ -132,20 +141,23 @@ def test_few_queries_of_a_long_context(engine: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["exact", "packed"])
 def test_many_windows(packed: bool, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", 2 * 2**20)
+    cut(monkeypatch, 2**20, 1e9)
     check((5000, 0, 300), (300, 130, 65), "k4v3", 4, 4, packed)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["exact", "packed"])
 @pytest.mark.parametrize(
-    ("context", "count", "heads", "group"), [(30720, 2048, 8, 4), (5000, 700, 5, 2), (900, 65, 2, 8)]
+    ("context", "count", "heads", "group", "lent"),
+    [(30720, 2048, 8, 4, 1), (32768, 2048, 8, 4, 2), (50000, 1024, 4, 4, 0), (5000, 700, 5, 2, 0), (900, 65, 2, 8, 0)],
 )
 def test_two_streams(
-    context: int, count: int, heads: int, group: int, packed: bool, engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same bits as on one, time after time, while what they have freed is used by others."""
-    if context < 10000:
-        monkeypatch.setattr(prefill, "WINDOW_BYTES", context * 512)
+    context: int, count: int, heads: int, group: int, lent: int, packed: bool, engine: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The same bits as on one, time after time, while what they have freed is used by others.
+
+    ``lent``: streams whose queries lie in the result, where that is possible.
+    """
     cache = stored([context + (count if packed else 0)], "k4v4", heads)
     q, k, v = (random(count, x, 128).to(BF16) for x in (heads * group, heads, heads))
     own = {} if packed else {"k": k, "v": v}
@@ -156,20 +168,57 @@ def test_two_streams(
             q, cache.pages, cache.table, cache.lengths, bounds, cache.layout, scale=128**-0.5, **own
         )
 
-    room = prefill.WINDOW_BYTES
-    monkeypatch.setattr(prefill, "_LONG", 1e9)
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", room // 2)  # the same windows
-    want = result()
-    monkeypatch.setattr(prefill, "_LONG", 0.0)
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", room)
+    cut(monkeypatch, context * 512 + 8 * count * group * 256 if context < 10000 else windows.SCRATCH_BYTES, 0.0)
+    shares: list[windows.Share] = []
+    plan = windows.plan
+
+    def watched(*args: Any) -> windows.Plan:
+        found = plan(*args)
+        shares.append(found.share)
+        return found
+
+    monkeypatch.setattr(windows, "plan", watched)
+    one = torch.cuda.current_stream()
+    with monkeypatch.context() as on_one:
+        on_one.setattr(runtime, "second_stream", lambda device: one)  # the same windows, one behind the other
+        want = result()
     for _ in range(8):
         dense._bounds.cache_clear()  # lengths are made anew, on either stream
         got = result()
         for _ in range(6):
             torch.full((2**22,), torch.nan, device=DEVICE)
         assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    may_lend = engine == "fa3" and dense.writes_into() and not packed
+    assert {(share.streams, share.lent) for share in shares} == {(2, lent if may_lend else 0)}
 
 
 def test_chunks_that_exceed_a_window(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "WINDOW_BYTES", 2**18)
+    cut(monkeypatch, 2**20, 1e9)
     check((1000,), (1300,), heads=2, group=2)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["exact", "packed"])
+@pytest.mark.parametrize(
+    ("context", "count"),
+    [(30720, 2048), (32768, 2048), (120_000, 2048), (24_000, 8192), (120_000, 8192), (30720, 512), (32768, 65),
+     (6000, 2048), (0, 8192)],
+)  # fmt: skip
+def test_it_takes_no_more_than_it_says(context: int, count: int, packed: bool, engine: str) -> None:
+    """All that is allocated beside the result, what FlashAttention-3 makes itself too, but for log-sum-exps."""
+    if engine != "fa3" or not dense.writes_into():
+        pytest.skip("what cuDNN allocates is its own")
+    layout = PageLayout.of("k4v4", 128, page_size=64)
+    cache = empty_cache(layout, [context + (count if packed else 0)], 8)
+    pages, table = cache.pages.zero_().to(DEVICE), cache.table.to(DEVICE)
+    lengths, bounds = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cache.lengths.tolist(), [0, count]))
+    q, k, v = (random(count, x, 128).to(BF16) for x in (32, 8, 8))
+    own = {} if packed else {"k": k, "v": v}
+    taken = 0
+    for _ in range(2):  # the first compiles, and makes what is kept
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out, lse = ops.prefill_attention(q, pages, table, lengths, bounds, layout, scale=128**-0.5, **own)
+        taken = torch.cuda.max_memory_allocated() - before - out.nbytes - lse.nbytes
+    assert taken <= windows.SCRATCH_BYTES + 4 * lse.nbytes + 2**18
+    assert taken > 2**23 or not context

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from emulator.build import build
 from kvfold.ops import cuda
-from kvfold.ops.cuda import decode, expand, prefill, references, runtime, schedule, store, store_trellis
+from kvfold.ops.cuda import decode, expand, prefill, references, runtime, schedule, store, store_trellis, windows
 
 BLOCKS_BACKWARDS, THREADS_BACKWARDS, LATE_COPIES, SEED = 1, 2, 4, 8
 """Bits of a schedule, as in ``block.h``: blocks from the last to the first, threads likewise, and copies that arrive
@@ -137,7 +137,7 @@ class _OnHost(TorchFunctionMode):
 
 def _forget() -> None:
     """Empty the package's caches, which hold kernels."""
-    for module in (decode, expand, prefill, references, schedule, store):
+    for module in (decode, expand, prefill, references, schedule, store, windows):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()

@@ -19,7 +19,7 @@ from kvfold.integrations.vllm.metadata import Metadata
 from kvfold.integrations.vllm.settings import EngineConfigError, Settings
 from kvfold.layerformats import ModelFormat
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda.prefill import SCRATCH_BYTES, WINDOW_BYTES
+from kvfold.ops.cuda.windows import SCRATCH_BYTES
 
 logger = init_logger("vllm.kvfold.impl")
 
@@ -231,8 +231,7 @@ class CompressedImpl(AttentionImpl[Metadata]):
         del decodes, q
         # a chunk as long as any, behind a prefix that needs windows, as far as a request has room for both, one that is
         # read at once, beginnings of prompts, and their ends, a token or some, which have kernels of their own
-        fills = WINDOW_BYTES // (2 * self.num_kv_heads * (layout.head_size + layout.head_size_v))
-        context = min(fills, self._max_tokens // 2)
+        context = max(self._max_tokens - len(query), self._max_tokens // 2)
         few = min(2 * PAGE_SIZE, context)  # more than the decode kernel serves
         cases = [(context, self._max_tokens - context), (few, few), (0, len(query)), (1, 1), (1, 3), (1, 16)]
         for before, count in cases:

@@ -78,12 +78,14 @@ def _no_hopper(device: torch.device) -> str | None:
 class _Found(NamedTuple):
     """The function ``flash_attn_varlen_func`` that returns the log-sum-exp too, or why there is none.
 
-    ``takes_out``: whether it writes where its caller wants.
+    ``takes_out``: whether it writes where its caller wants. ``takes_splits``: whether its caller says how many
+    processors share keys; older ones never share them.
     """
 
     function: Callable[..., Any] | None
     missing: str | None = None
     takes_out: bool = False
+    takes_splits: bool = True
 
 
 def _flash_attention_3() -> _Found:
@@ -108,9 +110,10 @@ def _of_package() -> _Found:
         except Exception as error:  # an extension built for another torch fails with anything
             missing = f"{name} cannot be imported ({error}); build it for this torch"
             continue
-        # newer ones return the log-sum-exp by request, older ones always; keys are shared among SMs only if asked for
-        parameters, asked = inspect.signature(function).parameters, {"return_attn_probs": True, "num_splits": 0}
-        return _Found(partial(function, **{key: value for key, value in asked.items() if key in parameters}))
+        parameters = inspect.signature(function).parameters
+        # newer ones return the log-sum-exp by request, older ones always
+        asked = {"return_attn_probs": True} if "return_attn_probs" in parameters else {}
+        return _Found(partial(function, **asked), takes_splits="num_splits" in parameters)
     return _Found(None, missing)
 
 
@@ -128,6 +131,7 @@ def flash_attention_3(
     bounds: torch.Tensor | None = None,
     longest: int = 0,
     out: torch.Tensor | None = None,
+    splits: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of q ``[n, Hq, 128]`` to k and v ``[m, H, 128]``; the causal mask lets the last query see all keys.
 
@@ -138,13 +142,16 @@ def flash_attention_3(
         bounds: int32 ``[B + 1]``, where sequences begin in q, and in k and v alike; default: it is one sequence.
         longest: Tokens of the longest of these.
         out: Where the result goes if the library can do that, ``[n, Hq, 128]``, contiguous, of q's dtype.
+        splits: Among how many processors the keys of a block of queries are shared.
 
     Returns:
         out ``[n, Hq, 128]`` and log-sum-exp ``[n, Hq]``, of any strides.
     """
-    function, _, takes_out = _flash_attention_3()
+    function, _, takes_out, takes_splits = _flash_attention_3()
     assert function is not None  # or choose() would not have taken it
-    into = {"out": out} if out is not None and takes_out else {}
+    into: dict[str, Any] = {"out": out} if out is not None and takes_out else {}
+    if takes_splits:
+        into["num_splits"] = splits
     if bounds is None:
         stream = torch.cuda.current_stream(q.device).cuda_stream
         of_q, of_k = (_bounds(len(x), x.device, stream) for x in (q, k))

@@ -26,18 +26,18 @@ struct Part {
 
 struct Merge {
     Part parts[CAPACITY]; // the first `rotated` of them are rotated
-    void* out; // [rows, heads, 128], rows `out_row` elements apart
+    void* out; // [rows, heads, 128], strides in elements
     float* lse;
     const float* peaks; // of K and V
-    i64 out_row, lse_row, lse_head;
+    i64 out_row, out_head, lse_row, lse_head;
     int rows, heads;
     int count, rotated; // parts
 };
 
 struct Rotate {
     const void* x; // [rows, heads, 128], strides in elements
-    void* out;     // float16 [heads, rows, 128], heads `out_head` elements apart
-    i64 x_row, x_head, out_head;
+    void* out;     // float16 [rows, heads, 128], strides in elements
+    i64 x_row, x_head, out_row, out_head;
     int rows, heads;
     int side;  // queries, keys or values
     int first; // block
@@ -159,9 +159,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4) rotate(const __grid_
     flip(a, i);
     rotate_pair<0>(a, b, factor, J.side == 0, words);
     rotate_pair<1>(a, b, factor, J.side == 0, words);
-    const i64 at = head * J.out_head + (i64)row * 128 + 8 * i;
+    const i64 at = head * J.out_head + row * J.out_row + 8 * i;
     if (row < J.rows) store(words[0], J.out, at);
-    if (row + 8 < J.rows) store(words[1], J.out, at + 8 * 128);
+    if (row + 8 < J.rows) store(words[1], J.out, at + 8 * J.out_row);
 }
 
 template <int PAIR>
@@ -192,7 +192,7 @@ __device__ __forceinline__ float lse_of(const Part& part, int row, int head) {
 }
 
 // Sums are kept with the rotation's signs on them, which the output's last step takes off. A part may be where the result
-// goes: a lane has read a vector's coordinates of all parts before it writes them.
+// goes: a lane has read a vector's coordinates of all parts before it writes them, and a warp all log-sum-exps.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, CAPACITY == 1 ? 4 : 2) merge(const __grid_constant__ Merge P) {
     const int lane = threadIdx.x & 31, g = lane >> 2, i = lane & 3, item = blockIdx.x * WARPS + (threadIdx.x >> 5);
     const int head = item % P.heads, row = item / P.heads * 16 + g;
@@ -251,11 +251,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CAPACITY == 1 ? 4 : 2) 
             words[h][m] = QTYPE == 1 ? pack_f16(x, y) : pack_bf16(x, y);
         }
     if (ROTATED) flip(words, i);
+    __syncwarp();
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const int r = row + 8 * h;
         if (r >= P.rows) continue;
-        store(words[h], P.out, r * P.out_row + head * 128 + 8 * i);
+        store(words[h], P.out, r * P.out_row + head * P.out_head + 8 * i);
         if (i == 0) P.lse[r * P.lse_row + head * P.lse_head] = base[h] + logf(total[h]);
     }
 }

@@ -30,29 +30,17 @@ import torch
 
 from kvfold.errors import ShapeError
 from kvfold.layout import PageLayout
-from kvfold.ops.cuda import dense, expand, runtime
+from kvfold.ops.cuda import dense, expand, runtime, windows
 from kvfold.ops.cuda.decode import decode_attention
 from kvfold.ops.cuda.formats import DTYPES, sign_words
 from kvfold.ops.lengths import on_host
 from kvfold.ops.options import AttentionOptions
 
-WINDOW_BYTES = 64 * 2**20
-"""Of the de-quantised windows that exist at a time: K and V."""
-
 _FEW_ROWS = 64  # query rows of a KV head up to which the decode kernel is faster
-_LONG = 800.0  # microseconds of attention behind which the host's launches for two streams are hidden
-_KEYS_PER_MICROSECOND = 81.0  # that a processor reads for 128 query rows, on an H200
-_QUERY_BYTES = 16 * 2**20  # of rotated queries at a time
-_RESULT_BYTES = 32 * 2**20  # of partial results at a time
-SCRATCH_BYTES = WINDOW_BYTES + _QUERY_BYTES + _RESULT_BYTES
-"""What a prefill takes at most beside its result, and beside what the library itself takes. A library that allocates
-its results, as cuDNN does, has as many partial results again: those of the chunk's attention to itself."""
-_VECTOR_BYTES = 2 * 128  # of such a query or result
-_CAPACITY = 16  # partial results that are joined at once, unless there are more
+_CAPACITY = windows.SLOTS + 1  # partial results that are joined at once: those of windows, and the chunk's own
 
 _ROOM = 64.0  # rotated queries are divided by it, see prefill.cu
 _LIFT = 1024.0  # K and V of windows are multiplied by it, see common.cuh
-_TOKEN_BYTES = 2 * 2 * 128  # of a KV head in a window
 
 State = tuple[torch.Tensor, torch.Tensor]
 """Partial result of a chunk: out ``[n, Hq, 128]`` and log-sum-exp ``[n, Hq]``, of any strides."""
@@ -71,7 +59,7 @@ class _Part(ctypes.Structure):
 class _Rotate(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "out")),
-        *((name, ctypes.c_int64) for name in ("x_row", "x_head", "out_head")),
+        *((name, ctypes.c_int64) for name in ("x_row", "x_head", "out_row", "out_head")),
         *((name, ctypes.c_int32) for name in ("rows", "heads", "side", "first")),
     )
 
@@ -91,16 +79,16 @@ def _rotate_kernel(dtype: torch.dtype, index: int) -> runtime.Kernel:
 
 @lru_cache(maxsize=64)
 def _merge_kernel(
-    parts: int, rotated: bool, dtype: torch.dtype, index: int
+    alone: bool, rotated: bool, dtype: torch.dtype, index: int
 ) -> tuple[runtime.Kernel, type[ctypes.Structure]]:
     """The kernel, and its parameters. There are few kernels, so that serving need not compile what it has not seen."""
-    capacity = 1 if parts == 1 else max(_CAPACITY, 1 << (parts - 1).bit_length())
+    capacity = 1 if alone else _CAPACITY
 
     class Merge(ctypes.Structure):
         _fields_ = (
             ("parts", _Part * capacity),
             *((name, ctypes.c_void_p) for name in ("out", "lse", "peaks")),
-            *((name, ctypes.c_int64) for name in ("out_row", "lse_row", "lse_head")),
+            *((name, ctypes.c_int64) for name in ("out_row", "out_head", "lse_row", "lse_head")),
             *((name, ctypes.c_int32) for name in ("rows", "heads", "count", "rotated")),
         )
 
@@ -124,8 +112,8 @@ def _readable(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 QUERIES, KEYS, VALUES = 0, 1, 2
 
 Job = tuple[torch.Tensor, torch.Tensor, int]
-"""What :func:`rotate` reads: ``[n, heads, 128]``, see :func:`_readable`; where it writes: float16 ``[heads, n, 128]``,
-rows contiguous; and which of the three it is."""
+"""What :func:`rotate` reads: ``[n, heads, 128]``, see :func:`_readable`; where it writes: float16 of that shape, the
+vectors contiguous and at multiples of 16 bytes; and which of the three it is."""
 
 
 def rotate(jobs: list[Job], peaks: torch.Tensor) -> None:
@@ -139,7 +127,7 @@ def rotate(jobs: list[Job], peaks: torch.Tensor) -> None:
     for at, (x, out, side) in enumerate(jobs):
         rows, heads, _ = x.shape
         call.jobs[at] = _Rotate(
-            x.data_ptr(), out.data_ptr(), x.stride(0), x.stride(1), out.stride(0), rows, heads, side, blocks
+            x.data_ptr(), out.data_ptr(), *x.stride()[:2], *out.stride()[:2], rows, heads, side, blocks
         )
         blocks += _blocks(rows, heads)
     for at in range(len(jobs), 3):
@@ -155,7 +143,7 @@ def merge(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Join partial results into out ``[n, Hq, 128]``, heads contiguous, and lse ``[n, Hq]``, of any strides.
+    """Join partial results into out ``[n, Hq, 128]`` and lse ``[n, Hq]``, of any strides; one of them may lie there.
 
     All vectors are contiguous and at multiples of 16 bytes.
 
@@ -165,11 +153,11 @@ def merge(
         peaks: Those of the windows; None if there are none.
     """
     states = rotated + plain
-    kernel, params = _merge_kernel(len(states), bool(rotated), out.dtype, out.device.index)
+    kernel, params = _merge_kernel(len(states) == 1, bool(rotated), out.dtype, out.device.index)
     call = params(
         out=out.data_ptr(), lse=lse.data_ptr(), peaks=None if peaks is None else peaks.data_ptr(),
-        out_row=out.stride(0), lse_row=lse.stride(0), lse_head=lse.stride(1), rows=lse.shape[0], heads=lse.shape[1],
-        count=len(states), rotated=len(rotated),
+        out_row=out.stride(0), out_head=out.stride(1), lse_row=lse.stride(0), lse_head=lse.stride(1),
+        rows=lse.shape[0], heads=lse.shape[1], count=len(states), rotated=len(rotated),
     )  # fmt: skip
     for at, (o, s) in enumerate(states):
         call.parts[at] = _Part(o.data_ptr(), s.data_ptr(), o.stride(0), o.stride(1), s.stride(0), s.stride(1))
@@ -178,48 +166,8 @@ def merge(
 
 # --- windows ----------------------------------------------------------------------------------------------------------
 
-# What a library's kernel takes on an H200, in keys that a block of 128 query rows reads.
-_CALL_COST = 650  # of a launch, with the blocks that begin and end
-_MERGE_COST = 1 / 400  # of joining another vector of 128
-
-
-class _Split(NamedTuple):
-    """How a sequence's keys are cut: windows of some KV heads by some tokens, the last of each smaller."""
-
-    heads: int
-    tokens: int
-
-
-@lru_cache(maxsize=4096)
-def _split(rows: int, heads: int, keys: int, own: int, room: int, processors: int, shares: bool) -> _Split:
-    """The windows of at most ``room`` bytes that ``rows`` queries of a KV head read fastest.
-
-    ``own`` more keys are read from a window of their own. Few heads with all tokens need no joining; many heads make
-    enough blocks for all processors where queries are few, unless the library ``shares`` the keys of a block among
-    processors then, as FlashAttention-3 does. Where there is a choice, the queries and results of two groups of heads
-    have room.
-    """
-
-    def windows(split: _Split) -> int:
-        return max(1, -(-keys // split.tokens)) + (own > 0)
-
-    def waves(width: int) -> float:
-        blocks = -(-rows // 128) * width
-        return 1 / (processors // blocks) if shares and blocks < processors else -(-blocks // processors)
-
-    def cost(split: _Split) -> float:
-        groups, rest = divmod(heads, split.heads)
-        reading = (groups * waves(split.heads) + (waves(rest) if rest else 0)) * keys
-        times = windows(split)
-        return reading + _CALL_COST * times * (groups + (rest > 0)) + _MERGE_COST * times * rows * heads
-
-    def has_room(split: _Split) -> bool:
-        vector_bytes = 2 * rows * split.heads * _VECTOR_BYTES
-        return vector_bytes <= _QUERY_BYTES and vector_bytes * windows(split) <= _RESULT_BYTES
-
-    splits = [_Split(width, room // (_TOKEN_BYTES * width) // 16 * 16) for width in range(1, heads + 1)]
-    fitting = [split for split in splits if split.tokens >= own + 16]  # own keys begin in a tile
-    return min([split for split in fitting if has_room(split)] or fitting[:1], key=cost)
+def _library(name: str) -> windows.Library:
+    return windows.Library(shares=name == "fa3", in_place=name == "fa3" and dense.writes_into())
 
 
 @lru_cache(maxsize=64)
@@ -227,34 +175,20 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-class _Windows:
-    """Windows of a sequence, one after the other in the same memory."""
+class _Reader:
+    """De-quantises windows of a sequence."""
 
-    def __init__(
-        self, pages: torch.Tensor, table: torch.Tensor, layout: PageLayout, dtype: torch.dtype, vectors: int
-    ) -> None:
-        """``dtype`` is that of the queries, ``vectors`` are the tokens times heads of the largest."""
+    def __init__(self, pages: torch.Tensor, table: torch.Tensor, layout: PageLayout, dtype: torch.dtype) -> None:
+        """``dtype`` is that of the queries."""
         self._pages, self._table = pages, table
         self._coarse = dtype == torch.bfloat16  # no precision is lost that the result would have
         self._plan = expand.plan(layout, torch.float16, table.dtype == torch.int64, pages.device)
-        self._memory = torch.empty(2, vectors * 128, dtype=torch.float16, device=pages.device).unbind()
 
-    def read(
-        self, peaks: torch.Tensor, first: int, heads: int, start: int, end: int, stored: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V float16 ``[heads, end - start, 128]`` of heads and tokens from ``first`` and ``start`` on.
-
-        ``start`` is a multiple of 16. From token ``stored`` on nothing is written.
-        """
-        tokens = end - start
-        k, v = (half[: heads * tokens * 128].view(heads, tokens, 128) for half in self._memory)
-        if start < stored:
-            of_pages = (k, v) if end <= stored else (k[:, : stored - start], v[:, : stored - start])
-            expand.expand_heads(
-                self._plan, self._pages, self._table, *of_pages, peaks,
-                first=first, start=start, coarse=self._coarse,
-            )  # fmt: skip
-        return k, v
+    def read(self, k: torch.Tensor, v: torch.Tensor, peaks: torch.Tensor, first: int, start: int) -> None:
+        """Fill k and v, float16 ``[heads, tokens, 128]``, from head ``first`` and from a tile's token ``start`` on."""
+        expand.expand_heads(
+            self._plan, self._pages, self._table, k, v, peaks, first=first, start=start, coarse=self._coarse
+        )
 
 
 # --- the operation ----------------------------------------------------------------------------------------------------
@@ -349,16 +283,16 @@ def _attend_to_beginnings(
         own_lse.copy_(dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest, own_out)[1])
     else:
         attend = partial(dense.flash_attention_3, causal=True, scale=scale, bounds=starts, longest=longest)
-        _attend_by_heads(attend, own_q, own_k, own_v, own_out, own_lse)
+        _attend_by_heads(attend, own_q, own_k, own_v, own_out, own_lse, windows.SCRATCH_BYTES)
 
 
 def _attend_by_heads(
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], State],
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, room: int,
 ) -> None:  # fmt: skip
-    """Attention by a library that allocates its results, of so many heads at a time as these may have room for."""
+    """Attention by a library that allocates its results: of as many KV heads at a time as have room, but of one."""
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    width = max(1, _RESULT_BYTES // (len(q) * group * _VECTOR_BYTES))
+    width = max(1, room // (len(q) * group * windows.VECTOR_BYTES))
     for first in range(0, heads, width):
         of_heads, of_queries = slice(first, first + width), slice(first * group, (first + width) * group)
         # not kept in a variable beside the next
@@ -389,16 +323,16 @@ def _attend(s: _Sequence, pages: torch.Tensor, layout: PageLayout, options: Atte
     """The result of a sequence's chunk."""
     count, num_heads, _ = s.q.shape
     if s.context and count * num_heads // pages.shape[1] > _FEW_ROWS:
-        library = dense.choose(pages.device)
-        window_bytes = (s.context + (0 if s.chunk is None else count)) * pages.shape[1] * _TOKEN_BYTES
-        fits = window_bytes <= WINDOW_BYTES and count * num_heads * _VECTOR_BYTES <= _QUERY_BYTES
-        if library == "fa3" and fits:
-            _attend_at_once(s, pages, layout, options.scale)
+        library, heads = dense.choose(pages.device), pages.shape[1]
+        share = windows.Share(_processors(pages.device), 1, _library(library))
+        keys = s.context if s.chunk is None else s.context + count
+        if library == "fa3" and share.tokens_of(heads, num_heads // heads * count, 1) >= keys:
+            _attend_at_once(s, pages, layout, options.scale, share)
         else:
             _attend_in_windows(s, pages, layout, options.scale, library)
         return
     if s.chunk is not None and not s.context:
-        _attend_by_heads(partial(_causal, scale=options.scale), s.q, *s.chunk, s.out, s.lse)
+        _attend_by_heads(partial(_causal, scale=options.scale), s.q, *s.chunk, s.out, s.lse, windows.SCRATCH_BYTES)
         return
     plain = [] if s.chunk is None else [_causal(s.q, *s.chunk, options.scale)]
     if s.context:
@@ -412,7 +346,7 @@ def _attend(s: _Sequence, pages: torch.Tensor, layout: PageLayout, options: Atte
 # --- all keys in one window: FlashAttention-3 -------------------------------------------------------------------------
 
 
-def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float) -> None:
+def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float, share: windows.Share) -> None:
     """The result of a chunk of many rows by one causal call: its own K and V are in the window, behind the prefix."""
     count, heads = len(s.q), pages.shape[1]
     q, chunk = _readable(s.q, s.q.dtype), None
@@ -420,28 +354,34 @@ def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale
         chunk = _readable(s.chunk[0], q.dtype), _readable(s.chunk[1], q.dtype)
     keys = s.context if chunk is None else s.context + count
     peaks = expand.find_peaks(pages, s.table, layout, tokens=s.context, chunk=chunk)
-    k, v = _Windows(pages, s.table, layout, q.dtype, heads * keys).read(peaks, 0, heads, 0, keys, s.context)
-    queries = torch.empty((q.shape[1], count, 128), dtype=torch.float16, device=q.device)
+    k, v = torch.empty((2, heads, keys, 128), dtype=torch.float16, device=q.device).unbind()
+    _Reader(pages, s.table, layout, q.dtype).read(k[:, : s.context], v[:, : s.context], peaks, 0, 0)
+    queries = torch.empty((q.shape[1], count, 128), dtype=torch.float16, device=q.device).transpose(0, 1)
     jobs: list[Job] = [(q, queries, QUERIES)]
     if chunk is not None:
-        jobs += [(chunk[0], k[:, s.context :], KEYS), (chunk[1], v[:, s.context :], VALUES)]
+        own_k, own_v = (x[:, s.context :].transpose(0, 1) for x in (k, v))
+        jobs += [(chunk[0], own_k, KEYS), (chunk[1], own_v, VALUES)]
     rotate(jobs, peaks)
-    state = _attend_to("fa3", queries, k, v, True, scale * _ROOM / _LIFT)
+    state = _attend_to("fa3", queries, k, v, True, scale * _ROOM / _LIFT, share, out=queries)
     merge([state], [], peaks, s.out, s.lse)
 
 
 def _attend_to(
-    library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float,
+    library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, share: windows.Share,
     out: torch.Tensor | None = None,
 ) -> State:  # fmt: skip
-    """q ``[Hq, n, 128]``, contiguous, k and v ``[H, m, 128]``. With cuDNN's causal mask n is m.
+    """q ``[n, Hq, 128]``, for cuDNN contiguous by heads, k and v ``[H, m, 128]``. With cuDNN's causal mask n is m.
 
-    ``out`` is a place for the result, ``[n, Hq, 128]``, where the library can use one.
+    ``out`` is a place for the result, ``[n, Hq, 128]``, where the library can use one. That may be q's own: a block
+    has read its queries before it writes.
     """
     if library == "fa3":
-        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
-        return dense.flash_attention_3(q, k, v, causal, scale, out=out)
+        among = share.among(windows.blocks_of(q.shape[1] // len(k) * q.shape[0], len(k)))
+        return dense.flash_attention_3(
+            q, k.transpose(0, 1), v.transpose(0, 1), causal, scale, out=out, splits=among
+        )
     # without a mask, the query heads of a group are just more queries of their KV head
+    q = q.transpose(0, 1)
     queries = q[None] if causal else q.view(1, len(k), -1, 128)
     out, lse = dense.cudnn(queries, k[None], v[None], causal, scale)
     return out.view(q.shape).transpose(0, 1), lse.view(q.shape[:2]).T
@@ -450,72 +390,35 @@ def _attend_to(
 # --- many windows -----------------------------------------------------------------------------------------------------
 
 
-class _Group(NamedTuple):
-    """Some queries, some KV heads, and the windows that they read one after the other.
-
-    Attributes:
-        begin: First of the chunk's queries.
-        rows: Their number.
-        first: KV head.
-        heads: KV heads.
-        windows: Tokens: from one on, and before another.
-    """
-
-    begin: int
-    rows: int
-    first: int
-    heads: int
-    windows: tuple[tuple[int, int], ...]
-
-
-@lru_cache(maxsize=1024)
-def _groups(
-    count: int, heads: int, group: int, prefix: int, packed: bool, room: int, processors: int, shares: bool
-) -> tuple[_Group, ...]:
-    """Who reads a prefix of ``prefix`` tokens; with ``packed`` the first window ends with the queries' own tokens.
-
-    Windows are of ``room`` bytes at most. Two groups are served at a time: their rotated queries and partial results
-    are bounded, too. Queries are cut where those of one head are more; then each part reads all keys before it.
-    """
-    most = _most_queries(prefix + count if packed else prefix, group, packed, room)
-    parts = -(-count // most)
-    most = min(-(-count // (128 * parts)) * 128, most)  # about as many as each other
-    groups = []
-    for begin in range(0, count, most):
-        rows, before = min(most, count - begin), prefix + begin if packed else prefix
-        split = _split(group * rows, heads, before, rows if packed else 0, room, processors, shares)
-        windows = [(at, min(at + split.tokens, before)) for at in range(0, before, split.tokens)]
-        if packed:
-            windows.insert(0, (before // 16 * 16, before + rows))
-        for first in range(0, heads, split.heads):
-            groups.append(_Group(begin, rows, first, min(split.heads, heads - first), tuple(windows)))
-    return tuple(groups)
-
-
-def _most_queries(keys: int, group: int, packed: bool, room: int) -> int:
-    """How many queries of a KV head's ``group`` fit, with as many partial results as there are windows of one head."""
-    windows = max(1, -(-keys // (room // _TOKEN_BYTES))) + packed
-    fitting = min(_QUERY_BYTES, _RESULT_BYTES // windows) // (2 * group * _VECTOR_BYTES)
-    fitting = min(fitting, room // _TOKEN_BYTES - 16)  # own keys begin in a tile
-    return max(fitting // (128 if fitting >= 128 else 16), 1) * (128 if fitting >= 128 else 16)
-
-
 class _Lane:
-    """A stream, with memory for a window and for a group's rotated queries and partial results."""
+    """A stream and its memory, for the groups that it serves: a window, rotated queries and partial results of each."""
 
-    def __init__(self, stream: torch.cuda.Stream, windows: _Windows, memory: torch.Tensor, places: bool) -> None:
-        """``memory`` is ``[n, 128]``, and has ``places`` for results unless the library allocates them."""
-        self.stream, self.windows = stream, windows
-        self._memory, self._places = memory, places
+    def __init__(self, stream: torch.cuda.Stream, memory: torch.Tensor, lent: torch.Tensor | None) -> None:
+        """``memory`` is ``[n, 128]``; ``lent``, where queries and the last result lie if it is there, is
+        ``[rows, heads * group, 128]``.
+        """
+        self.stream = stream
+        self._memory, self._lent = memory, lent
 
-    def queries(self, num_heads: int, rows: int) -> torch.Tensor:
-        """Memory ``[num_heads, rows, 128]``."""
-        return self._memory[: num_heads * rows].view(num_heads, rows, 128)
+    def window(self, x: windows.Group, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V ``[heads, end - start, 128]``."""
+        size, shape = x.heads * (end - start), (x.heads, end - start, 128)
+        return self._memory[:size].view(shape), self._memory[x.window_vectors :][:size].view(shape)
 
-    def result(self, at: int, num_heads: int, rows: int) -> torch.Tensor | None:
-        """Memory ``[rows, num_heads, 128]`` for that of a window, behind the queries."""
-        size = num_heads * rows
-        return self._memory[(at + 1) * size :][:size].view(rows, num_heads, 128) if self._places else None
+    def queries(self, x: windows.Group) -> torch.Tensor:
+        """``[rows, heads * group, 128]``, contiguous by heads unless lent. The last result may go there."""
+        if self._lent is not None:
+            return self._lent
+        return self._memory[2 * x.window_vectors :][: x.vectors].view(-1, x.rows, 128).transpose(0, 1)
+
+    def result(self, x: windows.Group, at: int) -> torch.Tensor:
+        """``[rows, heads * group, 128]`` of one that waits to be joined, behind the queries."""
+        at += self._lent is None
+        return self._memory[2 * x.window_vectors + at * x.vectors :][: x.vectors].view(x.rows, -1, 128)
+
+    def behind_windows(self, rows: int, num_heads: int) -> torch.Tensor:
+        """``[rows, num_heads, 128]``, where windows have been read."""
+        return self._memory[: rows * num_heads].view(rows, num_heads, 128)
 
 
 def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale: float, library: str) -> None:
@@ -526,73 +429,81 @@ def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, sc
     processor free.
     """
     count, num_heads, _ = s.q.shape
-    device, heads, processors = pages.device, pages.shape[1], _processors(pages.device)
+    device, heads = pages.device, pages.shape[1]
     group, prefix = num_heads // heads, s.context if s.chunk is not None else s.context - count
-    takes = -(-count * num_heads // 128) * prefix / (processors * _KEYS_PER_MICROSECOND)
-    number = 2 if heads > 1 and takes >= _LONG else 1
-    groups = _groups(count, heads, group, prefix, s.chunk is None, WINDOW_BYTES // number, processors, library == "fa3")
+    plan = windows.plan(count, heads, group, prefix, s.chunk is None, _processors(device), _library(library))
     s = s._replace(q=_readable(s.q, s.q.dtype))
     main = torch.cuda.current_stream(device)
-    lanes = _lanes([main, runtime.second_stream(device)][:number], s, pages, layout, groups, group, library)
-    other = lanes[-1].stream  # it has the first group
+    streams = [runtime.second_stream(device), main][-plan.share.streams :]
+    first = streams[0]  # it has the first group, and the other has the chunk's attention to itself before its own
+    memory = torch.empty((sum(plan.vectors), 128), dtype=torch.float16, device=device).split(plan.vectors)
+    lent = [None] * (len(streams) - plan.share.lent) + [_of_group(s.out.view(torch.float16), x) for x in plan.lenders]
+    lanes = [_Lane(*args) for args in zip(streams, memory, lent, strict=True)]
+    reader = _Reader(pages, s.table, layout, s.q.dtype)
+    _merge_kernel(False, False, torch.float16, device.index)  # compiled with the others, though few contexts need it
     # A kernel that begins behind all others on this stream, as early ones that read q, pages and the chunk rely on.
     peaks = expand.no_peaks(device)
-    other.wait_event(main.record_event())  # behind what had the memory before
+    first.wait_event(main.record_event())  # behind what had the memory before
     try:
-        with _on(other, main):
+        with _on(first, main):
             expand.find_peaks(pages, s.table, layout, tokens=s.context, peaks=peaks)
-        found = other.record_event()
-        own = None if s.chunk is None else _attend_to_itself(s, s.chunk, scale, library)
+        found = first.record_event()
+        late_from = plan.lenders[0].first if plan.lenders else heads
+        room = windows.SCRATCH_BYTES - sum(plan.vectors) * windows.VECTOR_BYTES
+        own = late = None
+        if s.chunk is not None and late_from:
+            own = _attend_to_itself(s, s.chunk, range(late_from), scale, library, room, s.out)
         attended = main.record_event()
         main.wait_event(found)
-        for at, x in enumerate(groups):
-            lane = lanes[(at + 1) % number]
+        for at, x in enumerate(plan.groups):
+            lane = lanes[at % len(lanes)]
             with _on(lane.stream, main):
-                states = _partial_results(lane, x, s, own is None, peaks, group, scale * _ROOM / _LIFT, library)
-                if at == 0:
-                    other.wait_event(attended)
-                plain = [] if own is None else [(_of_group(own[0], x, group), _of_group(own[1], x, group))]
-                merge(states, plain, peaks, _of_group(s.out, x, group), _of_group(s.lse, x, group))
+                states = _partial_results(
+                    lane, reader, x, s.q, s.chunk is None, peaks, scale * _ROOM / _LIFT, library, plan.share
+                )
+                if s.chunk is not None and plan.lenders and at == len(plan.groups) - 2:
+                    place = lane.behind_windows(count, num_heads - late_from * group).view(s.q.dtype)
+                    late = _attend_to_itself(s, s.chunk, range(late_from, heads), scale, library, 0, place)
+                    attended = lane.stream.record_event()
+                if at == 0 or (late is not None and x is plan.groups[-1]):
+                    lane.stream.wait_event(attended)
+                its, begin = (late, late_from) if x.first >= late_from else (own, 0)
+                plain = [] if its is None else [(_of_group(its[0], x, begin), _of_group(its[1], x, begin))]
+                merge(states, plain, peaks, _of_group(s.out, x), _of_group(s.lse, x))
+                states.clear()  # of a library that allocates them, before the next
     finally:
-        main.wait_event(other.record_event())  # what is freed here is read there
-
-
-def _lanes(
-    streams: list[torch.cuda.Stream], s: _Sequence, pages: torch.Tensor, layout: PageLayout,
-    groups: tuple[_Group, ...], group: int, library: str,
-) -> list[_Lane]:  # fmt: skip
-    """One for each stream, with room for each of the groups."""
-    vectors = max(x.heads * (end - start) for x in groups for start, end in x.windows)
-    places = library == "fa3" and dense.writes_into()
-    rows = max(x.heads * group * x.rows * (1 + places * len(x.windows)) for x in groups)
-    lanes = []
-    for stream in streams:
-        windows = _Windows(pages, s.table, layout, s.q.dtype, vectors)
-        memory = torch.empty(rows, 128, dtype=torch.float16, device=pages.device)
-        lanes.append(_Lane(stream, windows, memory, places))
-    return lanes
+        main.wait_event(first.record_event())  # what is freed here is read there
 
 
 def _partial_results(
-    lane: _Lane, x: _Group, s: _Sequence, packed: bool, peaks: torch.Tensor, group: int, scale: float, library: str
-) -> list[State]:
-    """Of each window, on the current stream."""
-    queries = lane.queries(x.heads * group, x.rows)
-    states = []
+    lane: _Lane, reader: _Reader, x: windows.Group, q: torch.Tensor, packed: bool, peaks: torch.Tensor, scale: float,
+    library: str, share: windows.Share,
+) -> list[State]:  # fmt: skip
+    """Of the windows, on the current stream: three at most, as two are joined where there is another but the last."""
+    queries = lane.queries(x)
+    states: list[State] = []
     for at, (start, end) in enumerate(x.windows):
-        k, v = lane.windows.read(peaks, x.first, x.heads, start, end, end)
+        last = at == len(x.windows) - 1
+        k, v = lane.window(x, start, end)
+        reader.read(k, v, peaks, x.first, start)
         if not at:
-            rotate([(_of_group(s.q, x, group), queries, QUERIES)], peaks)
+            rotate([(_of_group(q, x), queries, QUERIES)], peaks)
+        if len(states) == windows.SLOTS - 1 and not last:
+            joined, lse = states[0]
+            merge([], states, None, joined, lse)
+            states = states[:1]
         own = packed and not at
         if own:  # the window begins with the tile of the first
             k, v = k[:, -x.rows :], v[:, -x.rows :]
-        states.append(_attend_to(library, queries, k, v, own, scale, lane.result(at, *queries.shape[:2])))
+        place = None if not share.library.in_place else queries if last else lane.result(x, len(states))
+        states.append(_attend_to(library, queries, k, v, own, scale, share, place))
     return states
 
 
-def _of_group(x: torch.Tensor, which: _Group, group: int) -> torch.Tensor:
-    """What of x ``[n, Hq, ...]`` is its."""
-    return _rows(x, which.begin, which.begin + which.rows).narrow(1, which.first * group, which.heads * group)
+def _of_group(x: torch.Tensor, which: windows.Group, begin: int = 0) -> torch.Tensor:
+    """What of x ``[n, heads, ...]``, query heads from KV head ``begin`` on, is its."""
+    rows = _rows(x, which.begin, which.begin + which.rows)
+    return rows.narrow(1, (which.first - begin) * which.group, which.heads * which.group)
 
 
 def _on(stream: torch.cuda.Stream, current: torch.cuda.Stream) -> AbstractContextManager[object]:
@@ -600,20 +511,26 @@ def _on(stream: torch.cuda.Stream, current: torch.cuda.Stream) -> AbstractContex
     return nullcontext() if stream is current else torch.cuda.stream(stream)
 
 
-def _attend_to_itself(s: _Sequence, chunk: tuple[torch.Tensor, torch.Tensor], scale: float, library: str) -> State:
-    """A chunk's attention to its own K and V: in ``s.out`` if the library puts it there, or if it is large."""
+def _attend_to_itself(
+    s: _Sequence, chunk: tuple[torch.Tensor, torch.Tensor], heads: range, scale: float, library: str, room: int,
+    out: torch.Tensor,
+) -> State:  # fmt: skip
+    """A chunk's attention to its own K and V of some KV heads, of all of them where the library allocates.
+
+    It goes to the first heads of ``out``. Where the library allocates, some heads' results have ``room`` before.
+    """
     k, v = (_readable(x, s.q.dtype) for x in chunk)
     if library == "fa3" and dense.writes_into():
-        return dense.flash_attention_3(s.q, k, v, True, scale, out=s.out)
+        group, some = s.q.shape[1] // k.shape[1], slice(heads.start, heads.stop)
+        q = s.q[:, heads.start * group : heads.stop * group]
+        return dense.flash_attention_3(q, k[:, some], v[:, some], True, scale, out=out[:, : q.shape[1]])
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
         return dense.flash_attention_3(q, k, v, True, scale) if library == "fa3" else _causal(q, k, v, scale)
 
-    if s.q.numel() * 2 <= _RESULT_BYTES:
-        return attend(s.q, k, v)
     lse = torch.empty_like(s.lse)
-    _attend_by_heads(attend, s.q, k, v, s.out, lse)
-    return s.out, lse
+    _attend_by_heads(attend, s.q, k, v, out, lse, room)
+    return out, lse
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> State:
