@@ -215,6 +215,8 @@ def test_places_that_are_lent(
     memory = 2 * 2 * width * (32 if joins else context) + (2 * (3 if joins else 1) - lent) * 2 * width * count
     assert sum(found[1].vectors) == memory
     monkeypatch.setattr(windows, "plan", lambda *_: found[1])
+    kernels = mock.Mock(side_effect=prefill._merge_kernel)
+    monkeypatch.setattr(prefill, "_merge_kernel", kernels)
     layout = PageLayout.of("k4v4", 128, page_size=16)
     cache = make_cache(layout, (context,), heads=heads)
     q, k, v = (noise(count, x, 128, seed=x).to(BF16) for x in (2 * heads, heads, heads))
@@ -227,6 +229,7 @@ def test_places_that_are_lent(
     error = (out.double() - want.truth[0]).norm(dim=-1) / want.truth[0].norm(dim=-1)
     assert error.max() < 2 * TOLERANCE[BF16]
     assert (lse - want.truth[1]).abs().max() < 5e-3
+    assert {call.args[2] for call in kernels.call_args_list} == {BF16, F16}, "what joins is compiled without need, too"
 
 
 @pytest.mark.parametrize("lent", [0, 1, 2])

@@ -467,10 +467,12 @@ def test_serving_compiles_nothing_that_the_warm_up_has_not(
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
 
+    monkeypatch.setattr(windows, "SCRATCH_BYTES", 2**23)  # so that some contexts are read in many windows
     forget()
     try:
         with ops.backend("cuda"):
-            engine = Engine(speculating(3, additional=additional), head_size=128, heads=8, kv_heads=kv_heads)
+            shape = {"head_size": 128, "heads": 8, "kv_heads": kv_heads, "num_blocks": 40}
+            engine = Engine(speculating(3, additional=additional), **shape)
             impl = engine.layers[0].impl
             impl_module._warm.clear()
             q, k, v = (torch.zeros(2048, heads, 128, dtype=engine.dtype) for heads in (8, kv_heads, kv_heads))
@@ -481,10 +483,6 @@ def test_serving_compiles_nothing_that_the_warm_up_has_not(
                 [(a, 0, 300), (b, 0, 5)], [(a, 300, 4), (b, 5, 1)], [(a, 304, 1), (b, 6, 9), (c, 0, 100)],
                 [(c, 100, 400), (a, 305, 17)], [(c, 500, 300)],
             ):  # fmt: skip
-                if rows == [(c, 500, 300)]:  # as of a long context: in many windows
-                    monkeypatch.setattr(windows, "SCRATCH_BYTES", 2**21)
-                    windows.plan.cache_clear()
-                    windows.split.cache_clear()
                 metadata, slots = engine.step(rows)
                 count = len(slots)
                 engine.run(metadata, slots, q[:count].flatten(1), k[:count].flatten(1), v[:count].flatten(1))
