@@ -206,15 +206,17 @@ def test_places_that_are_lent(
     joins: bool, heads: int, width: int, lent: int, device: EmulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Queries of streams lie where results will be, and the chunk attends to itself in windows that have been read."""
-    count, context = 41, 150
+    count, context = 41, 350
+    tokens = 96 if joins else context
     monkeypatch.setattr(dense, "_no_hopper", lambda device: None)
     monkeypatch.setattr(dense, "_flash_attention_3", lambda: dense._Found(flash_attn_varlen_func, takes_out=True))
-    monkeypatch.setattr(windows, "split", lambda *_: (0.0, windows.Split(width, 32 if joins else 160)))
+    monkeypatch.setattr(windows, "split", lambda *_: (0.0, windows.Split(width, -(-tokens // 16) * 16)))
     found = windows._in_parts(count, count, heads, 2, context, False, windows.Share(1, 2, FA3, lent))
     assert found is not None
-    memory = 2 * 2 * width * (32 if joins else context) + (2 * (3 if joins else 1) - lent) * 2 * width * count
+    memory = 2 * 2 * width * tokens + (2 * (3 if joins else 1) - lent) * 2 * width * count
     assert sum(found[1].vectors) == memory
     monkeypatch.setattr(windows, "plan", lambda *_: found[1])
+    monkeypatch.setattr(windows, "SCRATCH_BYTES", 1)  # or all would be read at once
     kernels = mock.Mock(side_effect=prefill._merge_kernel)
     monkeypatch.setattr(prefill, "_merge_kernel", kernels)
     layout = PageLayout.of("k4v4", 128, page_size=16)
