@@ -15,7 +15,7 @@ from kvfold import ops
 from kvfold.errors import FormatError
 from kvfold.layout import PageLayout
 from kvfold.ops import reference
-from kvfold.ops.cuda import dense, runtime, windows
+from kvfold.ops.cuda import dense, prefill, runtime, windows
 
 pytestmark = pytest.mark.gpu
 
@@ -148,7 +148,7 @@ def test_many_windows(packed: bool, engine: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("packed", [False, True], ids=["exact", "packed"])
 @pytest.mark.parametrize(
     ("context", "count", "heads", "group", "lent"),
-    [(30720, 2048, 8, 4, 1), (32768, 2048, 8, 4, 2), (50000, 1024, 4, 4, 0), (5000, 700, 5, 2, 0), (900, 65, 2, 8, 0)],
+    [(30720, 2048, 8, 4, 1), (32768, 2048, 8, 4, 2), (50000, 2048, 4, 4, 1), (5000, 700, 5, 2, 0), (900, 65, 2, 8, 0)],
 )
 def test_two_streams(
     context: int, count: int, heads: int, group: int, lent: int, packed: bool, engine: str,
@@ -182,7 +182,14 @@ def test_two_streams(
     with monkeypatch.context() as on_one:
         on_one.setattr(runtime, "second_stream", lambda device: one)  # the same windows, one behind the other
         want = result()
-    for _ in range(8):
+    itself = prefill._attend_to_itself
+
+    def late(*args: Any) -> Any:
+        torch.cuda._sleep(4_000_000)  # some milliseconds
+        return itself(*args)
+
+    for time in range(8):
+        monkeypatch.setattr(prefill, "_attend_to_itself", late if time % 2 else itself)
         dense._bounds.cache_clear()  # lengths are made anew, on either stream
         got = result()
         for _ in range(6):
@@ -203,15 +210,18 @@ def test_chunks_that_exceed_a_window(engine: str, monkeypatch: pytest.MonkeyPatc
     [(30720, 2048), (32768, 2048), (120_000, 2048), (24_000, 8192), (120_000, 8192), (30720, 512), (32768, 65),
      (6000, 2048), (0, 8192)],
 )  # fmt: skip
-def test_it_takes_no_more_than_it_says(context: int, count: int, packed: bool, engine: str) -> None:
+@pytest.mark.parametrize(("heads", "group"), [(8, 4), (8, 5), (6, 4), (5, 3)])
+def test_it_takes_no_more_than_it_says(
+    heads: int, group: int, context: int, count: int, packed: bool, engine: str
+) -> None:
     """All that is allocated beside the result, what FlashAttention-3 makes itself too, but for log-sum-exps."""
     if engine != "fa3" or not dense.writes_into():
         pytest.skip("what cuDNN allocates is its own")
     layout = PageLayout.of("k4v4", 128, page_size=64)
-    cache = empty_cache(layout, [context + (count if packed else 0)], 8)
+    cache = empty_cache(layout, [context + (count if packed else 0)], heads)
     pages, table = cache.pages.zero_().to(DEVICE), cache.table.to(DEVICE)
     lengths, bounds = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in (cache.lengths.tolist(), [0, count]))
-    q, k, v = (random(count, x, 128).to(BF16) for x in (32, 8, 8))
+    q, k, v = (random(count, x, 128).to(BF16) for x in (heads * group, heads, heads))
     own = {} if packed else {"k": k, "v": v}
     taken = 0
     for _ in range(2):  # the first compiles, and makes what is kept
@@ -221,4 +231,4 @@ def test_it_takes_no_more_than_it_says(context: int, count: int, packed: bool, e
         out, lse = ops.prefill_attention(q, pages, table, lengths, bounds, layout, scale=128**-0.5, **own)
         taken = torch.cuda.max_memory_allocated() - before - out.nbytes - lse.nbytes
     assert taken <= windows.SCRATCH_BYTES + 4 * lse.nbytes + 2**18
-    assert taken > 2**23 or not context
+    assert taken > 2**22 or not context

@@ -229,11 +229,12 @@ class CompressedImpl(AttentionImpl[Metadata]):
                 batch_invariant=self.batch_invariant,
             )  # fmt: skip
         del decodes, q
-        # a chunk as long as any, behind a prefix that needs windows, as far as a request has room for both, one that is
-        # read at once, beginnings of prompts, and their ends, a token or some, which have kernels of their own
+        # a chunk as long as any, behind a long prefix and behind a short one, either of which may need windows, one
+        # that is read at once, beginnings of prompts, and their ends, a token or some, which have kernels of their own
         context = max(self._max_tokens - len(query), self._max_tokens // 2)
         few = min(2 * PAGE_SIZE, context)  # more than the decode kernel serves
-        cases = [(context, self._max_tokens - context), (few, few), (0, len(query)), (1, 1), (1, 3), (1, 16)]
+        cases = [(context, self._max_tokens - context), (few, self._max_tokens - few), (few, few), (0, len(query))]
+        cases += [(1, count) for count in (1, 3, 16)]
         for before, count in cases:
             new, exact = min(len(query), count), self.settings.chunk == "exact" and not self.shares
             with torch.inference_mode(False):

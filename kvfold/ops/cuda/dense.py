@@ -141,7 +141,7 @@ def flash_attention_3(
     Args:
         bounds: int32 ``[B + 1]``, where sequences begin in q, and in k and v alike; default: it is one sequence.
         longest: Tokens of the longest of these.
-        out: Where the result goes if the library can do that, ``[n, Hq, 128]``, contiguous, of q's dtype.
+        out: Where the result goes if the library can do that, ``[n, Hq, 128]`` of q's dtype, its vectors as q's.
         splits: Among how many processors the keys of a block of queries are shared.
 
     Returns:

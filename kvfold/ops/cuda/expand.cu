@@ -10,8 +10,8 @@
 // With `peaks`, K and V are divided by the power of two below their peak, so that they fit float16, and times LIFT.
 //
 // Levels are odd multiples of half the codebook's step, up to 255, so they are exact as bfloat16. Two look-ups with prmt,
-// four codes each, give their upper and lower bytes; the product with the scale is rounded to the output's type, V's to 8
-// significant bits before if it is `coarse`.
+// four codes each, give their upper and lower bytes; the product with the scale is rounded to the output's type, and V's to
+// 8 significant bits then if it is `coarse`.
 //
 // A trellis' indices of 3 bits are looked up like codes of 3 bits. Of 4 and 5 bits they are a sign and a magnitude once the
 // path's two bits of negative levels have been complemented; those of 4 bits are made codes of 4 bits. Of 5 bits they are
@@ -159,7 +159,7 @@ __device__ __forceinline__ uint4 decode(const Codes& codes, float scale, const L
                 y = fmaf(level[1], scale, offsets.x[4 * half + 2 * two + 1]);
             }
             u32 pair = FLOAT16 ? pack_f16(x, y) : pack_bf16(x, y);
-            // Three of eleven bits less. Nothing carries into the sign: values are far below the largest.
+            // Three of eleven bits less. Only a NaN would carry into the sign, and is not asked for.
             if (FLOAT16 && coarse) pair = (pair + 0x00040004u) & 0xFFF8FFF8u;
             pairs[2 * half + two] = pair;
         }
@@ -258,7 +258,7 @@ extern "C" __global__ __launch_bounds__(WARPS * 32, BLOCKS) void expand(const __
             Codes found = {0, 0};
             if (token < stored) found = codes<VP>(w0[j], w1[j], u[j], before >> 8 * j << 24, eight);
             float its = __shfl_sync(ALL_LANES, scale, TILE + token);
-            uint4 eight_values = decode<VP, false>(found, its, v_levels, offsets, window.coarse);
+            uint4 eight_values = decode<VP, false>(found, its, v_levels, offsets, window.coarse && its == its);
             if (token < wanted) *reinterpret_cast<uint4*>(v_out + token * 2 * HEAD) = eight_values;
         }
     }

@@ -1,20 +1,20 @@
 """Prefill attention on Hopper: windows of the packed prefix are expanded, and a library's dense attention reads them.
 
 Chunks of hundreds of tokens are bound by the matrix products, and nothing that a hand-written kernel could save is
-worth what the libraries' kernels have gained there. So windows of the prefix, 64 MiB at most at any time, are
-de-quantised (``expand.cu``, in the rotated basis), the library's kernel attends to them with rotated queries, and
-results are un-rotated (``prefill.cu``). Chunks of a few tokens go to the decode kernel.
+worth what the libraries' kernels have gained there. So windows of the prefix are de-quantised (``expand.cu``, in the
+rotated basis), the library's kernel attends to them with rotated queries, and results are un-rotated (``prefill.cu``);
+all of that in 64 MiB (``windows.py``). Chunks of a few tokens go to the decode kernel.
 
 A chunk attends to itself and, apart, to the windows of its prefix, and partial results are joined by their
-log-sum-exp. Long work is done on two streams, with a window for each (:func:`_attend_in_windows`). Where all keys fit
-in one window, and not too many queries are waiting, FlashAttention-3 (``dense`` says when there is one) makes a single
-causal call, the chunk's own K and V rotated into the window behind the prefix.
+log-sum-exp. Long work is done on two streams, with a window for each (:func:`_attend_in_windows`). Where all keys and
+queries fit at once, FlashAttention-3 (``dense`` says when there is one) makes a single causal call, the chunk's own K
+and V rotated into the window behind the prefix.
 
-A window is some KV heads by some tokens (:func:`_split`), and float16 whatever q is: bfloat16 would add 2^-9 to every
-K, V and rotated q, and 4e-3 and more to the result. V alone has 8 significant bits where q is bfloat16, which is 1e-3
-in the result and draws less power. For float16's range K and V are divided by a power of two below their peak
-(``expand.find_peaks``), and the powers come back with q and with the result. A token whose V is 2^-24 of the largest
-loses precision in that; one whose K is small has a small score.
+A window is some KV heads by some tokens (:func:`kvfold.ops.cuda.windows.split`), and float16 whatever q is: bfloat16
+would add 2^-9 to every K, V and rotated q, and 4e-3 and more to the result. V alone has 8 significant bits where q is
+bfloat16, which is 1e-3 in the result and draws less power. For float16's range K and V are divided by a power of two
+below their peak (``expand.find_peaks``), and the powers come back with q and with the result. A token whose V is 2^-24
+of the largest loses precision in that; one whose K is small has a small score.
 """
 
 from __future__ import annotations
@@ -283,20 +283,25 @@ def _attend_to_beginnings(
         own_lse.copy_(dense.flash_attention_3(own_q, own_k, own_v, True, scale, starts, longest, own_out)[1])
     else:
         attend = partial(dense.flash_attention_3, causal=True, scale=scale, bounds=starts, longest=longest)
-        _attend_by_heads(attend, own_q, own_k, own_v, own_out, own_lse, windows.SCRATCH_BYTES)
+        _attend_by_heads(attend, own_q, own_k, own_v, own_out, own_lse)
 
 
 def _attend_by_heads(
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], State],
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, room: int,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Attention by a library that allocates its results: of as many KV heads at a time as have room, but of one."""
+    """Attention by a library that allocates its results: of as many heads at a time as have room, of one at least."""
     heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    width = max(1, room // (len(q) * group * windows.VECTOR_BYTES))
+    most = max(1, windows.SCRATCH_BYTES // (len(q) * windows.VECTOR_BYTES))  # query heads
+    width, many = max(1, most // group), min(most, group)  # KV heads, and query heads of one of them
     for first in range(0, heads, width):
-        of_heads, of_queries = slice(first, first + width), slice(first * group, (first + width) * group)
-        # not kept in a variable beside the next
-        out[:, of_queries], lse[:, of_queries] = attend(q[:, of_queries], k[:, of_heads], v[:, of_heads])
+        of_heads = slice(first, first + width)
+        end = min(first + width, heads) * group
+        step = width * group if many == group else many
+        for begin in range(first * group, end, step):
+            some = slice(begin, min(begin + step, end))
+            # not kept in a variable beside the next
+            out[:, some], lse[:, some] = attend(q[:, some], k[:, of_heads], v[:, of_heads])
 
 
 def _elsewhere(
@@ -332,7 +337,7 @@ def _attend(s: _Sequence, pages: torch.Tensor, layout: PageLayout, options: Atte
             _attend_in_windows(s, pages, layout, options.scale, library)
         return
     if s.chunk is not None and not s.context:
-        _attend_by_heads(partial(_causal, scale=options.scale), s.q, *s.chunk, s.out, s.lse, windows.SCRATCH_BYTES)
+        _attend_by_heads(partial(_causal, scale=options.scale), s.q, *s.chunk, s.out, s.lse)
         return
     plain = [] if s.chunk is None else [_causal(s.q, *s.chunk, options.scale)]
     if s.context:
@@ -362,23 +367,24 @@ def _attend_at_once(s: _Sequence, pages: torch.Tensor, layout: PageLayout, scale
         own_k, own_v = (x[:, s.context :].transpose(0, 1) for x in (k, v))
         jobs += [(chunk[0], own_k, KEYS), (chunk[1], own_v, VALUES)]
     rotate(jobs, peaks)
-    state = _attend_to("fa3", queries, k, v, True, scale * _ROOM / _LIFT, share, out=queries)
+    among = share.among(windows.blocks_of(q.shape[1] // heads * count, heads))
+    state = _attend_to("fa3", queries, k, v, True, scale * _ROOM / _LIFT, among, out=queries)
     merge([state], [], peaks, s.out, s.lse)
 
 
 def _attend_to(
-    library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, share: windows.Share,
+    library: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, among: int,
     out: torch.Tensor | None = None,
 ) -> State:  # fmt: skip
     """q ``[n, Hq, 128]``, for cuDNN contiguous by heads, k and v ``[H, m, 128]``. With cuDNN's causal mask n is m.
 
     ``out`` is a place for the result, ``[n, Hq, 128]``, where the library can use one. That may be q's own: a block
-    has read its queries before it writes.
+    has read its queries before it writes. So many processors, at most, share the keys of a block as ``among`` says.
     """
     if library == "fa3":
-        among = share.among(windows.blocks_of(q.shape[1] // len(k) * q.shape[0], len(k)))
+        splits = min(among, -(-k.shape[1] // 128))
         return dense.flash_attention_3(
-            q, k.transpose(0, 1), v.transpose(0, 1), causal, scale, out=out, splits=among
+            q, k.transpose(0, 1), v.transpose(0, 1), causal, scale, out=out, splits=splits
         )
     # without a mask, the query heads of a group are just more queries of their KV head
     q = q.transpose(0, 1)
@@ -436,6 +442,10 @@ def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, sc
     main = torch.cuda.current_stream(device)
     streams = [runtime.second_stream(device), main][-plan.share.streams :]
     first = streams[0]  # it has the first group, and the other has the chunk's attention to itself before its own
+    late_from = plan.lenders[0].first if plan.lenders else heads
+    own = late = None
+    if s.chunk is not None and not plan.share.library.in_place:  # before there is more
+        own = _attend_to_itself(s, s.chunk, range(heads), scale, library, s.out)
     memory = torch.empty((sum(plan.vectors), 128), dtype=torch.float16, device=device).split(plan.vectors)
     lent = [None] * (len(streams) - plan.share.lent) + [_of_group(s.out.view(torch.float16), x) for x in plan.lenders]
     lanes = [_Lane(*args) for args in zip(streams, memory, lent, strict=True)]
@@ -448,25 +458,26 @@ def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, sc
         with _on(first, main):
             expand.find_peaks(pages, s.table, layout, tokens=s.context, peaks=peaks)
         found = first.record_event()
-        late_from = plan.lenders[0].first if plan.lenders else heads
-        room = windows.SCRATCH_BYTES - sum(plan.vectors) * windows.VECTOR_BYTES
-        own = late = None
-        if s.chunk is not None and late_from:
-            own = _attend_to_itself(s, s.chunk, range(late_from), scale, library, room, s.out)
+        if s.chunk is not None and plan.share.library.in_place and late_from:
+            own = _attend_to_itself(s, s.chunk, range(late_from), scale, library, s.out)
         attended = main.record_event()
         main.wait_event(found)
         for at, x in enumerate(plan.groups):
             lane = lanes[at % len(lanes)]
             with _on(lane.stream, main):
                 states = _partial_results(
-                    lane, reader, x, s.q, s.chunk is None, peaks, scale * _ROOM / _LIFT, library, plan.share
+                    lane, reader, x, s.q, s.chunk is None, peaks, scale * _ROOM / _LIFT, library, plan
                 )
                 if s.chunk is not None and plan.lenders and at == len(plan.groups) - 2:
                     place = lane.behind_windows(count, num_heads - late_from * group).view(s.q.dtype)
-                    late = _attend_to_itself(s, s.chunk, range(late_from, heads), scale, library, 0, place)
-                    attended = lane.stream.record_event()
-                if at == 0 or (late is not None and x is plan.groups[-1]):
-                    lane.stream.wait_event(attended)
+                    found_late = _attend_to_itself(s, s.chunk, range(late_from, heads), scale, library, place)
+                    # the library's log-sum-exp is this stream's memory, and the other one reads it
+                    late = found_late[0], s.lse[:, late_from * group :].copy_(found_late[1])
+                    attended_late = lane.stream.record_event()
+                if at == 0:
+                    first.wait_event(attended)
+                if late is not None and x is plan.groups[-1]:
+                    main.wait_event(attended_late)
                 its, begin = (late, late_from) if x.first >= late_from else (own, 0)
                 plain = [] if its is None else [(_of_group(its[0], x, begin), _of_group(its[1], x, begin))]
                 merge(states, plain, peaks, _of_group(s.out, x), _of_group(s.lse, x))
@@ -477,7 +488,7 @@ def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, sc
 
 def _partial_results(
     lane: _Lane, reader: _Reader, x: windows.Group, q: torch.Tensor, packed: bool, peaks: torch.Tensor, scale: float,
-    library: str, share: windows.Share,
+    library: str, plan: windows.Plan,
 ) -> list[State]:  # fmt: skip
     """Of the windows, on the current stream: three at most, as two are joined where there is another but the last."""
     queries = lane.queries(x)
@@ -495,8 +506,8 @@ def _partial_results(
         own = packed and not at
         if own:  # the window begins with the tile of the first
             k, v = k[:, -x.rows :], v[:, -x.rows :]
-        place = None if not share.library.in_place else queries if last else lane.result(x, len(states))
-        states.append(_attend_to(library, queries, k, v, own, scale, share, place))
+        place = None if not plan.share.library.in_place else queries if last else lane.result(x, len(states))
+        states.append(_attend_to(library, queries, k, v, own, scale, plan.among, place))
     return states
 
 
@@ -512,12 +523,11 @@ def _on(stream: torch.cuda.Stream, current: torch.cuda.Stream) -> AbstractContex
 
 
 def _attend_to_itself(
-    s: _Sequence, chunk: tuple[torch.Tensor, torch.Tensor], heads: range, scale: float, library: str, room: int,
-    out: torch.Tensor,
-) -> State:  # fmt: skip
+    s: _Sequence, chunk: tuple[torch.Tensor, torch.Tensor], heads: range, scale: float, library: str, out: torch.Tensor
+) -> State:
     """A chunk's attention to its own K and V of some KV heads, of all of them where the library allocates.
 
-    It goes to the first heads of ``out``. Where the library allocates, some heads' results have ``room`` before.
+    It goes to the first heads of ``out``.
     """
     k, v = (_readable(x, s.q.dtype) for x in chunk)
     if library == "fa3" and dense.writes_into():
@@ -529,7 +539,7 @@ def _attend_to_itself(
         return dense.flash_attention_3(q, k, v, True, scale) if library == "fa3" else _causal(q, k, v, scale)
 
     lse = torch.empty_like(s.lse)
-    _attend_by_heads(attend, s.q, k, v, out, lse, room)
+    _attend_by_heads(attend, s.q, k, v, out, lse)
     return out, lse
 
 

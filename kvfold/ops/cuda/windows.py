@@ -130,6 +130,11 @@ class Plan(NamedTuple):
     vectors: tuple[int, ...]
 
     @property
+    def among(self) -> int:
+        """Processors that share the keys of a block: those of the largest group, so that no other needs more bytes."""
+        return self.share.among(blocks_of(self.groups[0].rows * self.groups[0].group, self.groups[0].heads))
+
+    @property
     def lenders(self) -> tuple[Group, ...]:
         """The last groups, one for each stream that they lend their place in the result to, for its queries.
 
