@@ -18,7 +18,7 @@ class ShapeError(KVFoldError, ValueError):
 
 
 class CapacityError(KVFoldError, RuntimeError):
-    """A cache has no room left for the tokens it was asked to hold."""
+    """A cache has no room left for the tokens it was asked to hold, or an operation for those it was asked to read."""
 
 
 class FileFormatError(KVFoldError, ValueError):

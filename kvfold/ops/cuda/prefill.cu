@@ -226,10 +226,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, CAPACITY == 1 ? 4 : 2) 
         for (int h = 0; h < 2; h++) {
             const int r = row + 8 * h;
             load(a[h], part.out, r * part.out_row + head * part.out_head + 8 * i, r < P.rows);
-            const float weight = r < P.rows ? expf(lse_of(part, r, head) - base[h]) : 0.f;
+            const float lse = r < P.rows ? lse_of(part, r, head) : nothing, weight = expf(lse - base[h]);
+            // What weighs nothing may be anything. Without a log-sum-exp there are zeros, or FlashAttention-3 has summed
+            // NaN: these have to reach the result.
 #pragma unroll
             for (int m = 0; m < 16; m++)
-                if (weight == 0.f) a[h][m] = 0; // what nobody sees may be anything
+                if (weight == 0.f && lse != nothing) a[h][m] = 0;
             factor[h] = total[h] == 0.f ? 0.f : weight / total[h];
             if (p < rotated) factor[h] *= power;
         }

@@ -33,6 +33,7 @@ from kvfold.layout import PageLayout
 from kvfold.ops.cuda import dense, expand, runtime, windows
 from kvfold.ops.cuda.decode import decode_attention
 from kvfold.ops.cuda.formats import DTYPES, sign_words
+from kvfold.ops.cuda.schedule import multiprocessors
 from kvfold.ops.lengths import on_host
 from kvfold.ops.options import AttentionOptions
 
@@ -168,11 +169,6 @@ def merge(
 
 def _library(name: str) -> windows.Library:
     return windows.Library(shares=name == "fa3", in_place=name == "fa3" and dense.writes_into())
-
-
-@lru_cache(maxsize=64)
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class _Reader:
@@ -329,7 +325,7 @@ def _attend(s: _Sequence, pages: torch.Tensor, layout: PageLayout, options: Atte
     count, num_heads, _ = s.q.shape
     if s.context and count * num_heads // pages.shape[1] > _FEW_ROWS:
         library, heads = dense.choose(pages.device), pages.shape[1]
-        share = windows.Share(_processors(pages.device), 1, _library(library))
+        share = windows.Share(multiprocessors(pages.device.index), 1, _library(library))
         keys = s.context if s.chunk is None else s.context + count
         if library == "fa3" and share.tokens_of(heads, num_heads // heads * count, 1) >= keys:
             _attend_at_once(s, pages, layout, options.scale, share)
@@ -437,7 +433,8 @@ def _attend_in_windows(s: _Sequence, pages: torch.Tensor, layout: PageLayout, sc
     count, num_heads, _ = s.q.shape
     device, heads = pages.device, pages.shape[1]
     group, prefix = num_heads // heads, s.context if s.chunk is not None else s.context - count
-    plan = windows.plan(count, heads, group, prefix, s.chunk is None, _processors(device), _library(library))
+    processors = multiprocessors(device.index)
+    plan = windows.plan(count, heads, group, prefix, s.chunk is None, processors, _library(library))
     s = s._replace(q=_readable(s.q, s.q.dtype))
     main = torch.cuda.current_stream(device)
     streams = [runtime.second_stream(device), main][-plan.share.streams :]
@@ -507,7 +504,7 @@ def _partial_results(
         if own:  # the window begins with the tile of the first
             k, v = k[:, -x.rows :], v[:, -x.rows :]
         place = None if not plan.share.library.in_place else queries if last else lane.result(x, len(states))
-        states.append(_attend_to(library, queries, k, v, own, scale, plan.among, place))
+        states.append(_attend_to(library, queries, k, v, own, scale, plan.among(x), place))
     return states
 
 

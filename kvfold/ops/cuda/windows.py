@@ -129,10 +129,11 @@ class Plan(NamedTuple):
     groups: tuple[Group, ...]
     vectors: tuple[int, ...]
 
-    @property
-    def among(self) -> int:
-        """Processors that share the keys of a block: those of the largest group, so that no other needs more bytes."""
-        return self.share.among(blocks_of(self.groups[0].rows * self.groups[0].group, self.groups[0].heads))
+    def among(self, x: Group) -> int:
+        """Processors that share the keys of a block of a group: no more than have room, which is that of the first."""
+        first = self.groups[0]  # the largest
+        most, own = (self.share.among(blocks_of(y.rows * y.group, y.heads)) for y in (first, x))
+        return min(own, most * first.vectors // x.vectors) if most > 1 else 1
 
     @property
     def lenders(self) -> tuple[Group, ...]:
@@ -231,7 +232,8 @@ def plan(count: int, heads: int, group: int, prefix: int, packed: bool, processo
     if best is None:
         raise CapacityError(
             f"a prefill with {group} query heads for a KV head cannot read {prefix} tokens: the results of so many "
-            f"windows exceed its {SCRATCH_BYTES >> 20} MiB of scratch; use a shorter context"
+            f"windows exceed its {SCRATCH_BYTES >> 20} MiB of scratch; use a shorter context, or "
+            "kvfold.ops.backend('triton')"
         )
     return best[1]
 
