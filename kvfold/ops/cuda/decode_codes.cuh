@@ -48,7 +48,7 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.v_high_even = SAME_LEVELS ? L.k_high_even : VTRELLIS && VBITS > 2 ? pin(VUE0 + zero, lane) : 0;
     L.low_pairs = KTRELLIS || VTRELLIS ? pin(0x33333333u + zero, lane) : 0;
     L.but_two = VTRELLIS && VBITS > 2 ? pin(0xccccccccu + zero, lane) : 0;
-    L.even_bits = (KTRELLIS && KBITS == 2) || (VTRELLIS && VBITS == 2) ? pin(0x55555555u + zero, lane) : 0;
+    L.even_bits = (KTRELLIS && KBITS != 3) || (VTRELLIS && VBITS != 3) ? pin(0x55555555u + zero, lane) : 0;
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
     L.word_order1 = pin(L.word_order ^ 0x6666u, lane);
     L.dither = pin(lane * 0x3c6ef372u + 0x1234567u, lane);
@@ -58,12 +58,22 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
 
 // --- trellises --------------------------------------------------------------------------------------------------------
 
-// Indices of the levels of 32 coordinates, or of eight tokens' four, in the nibbles of four words: the path's bits from
-// `even` and `odd` (path_bits()), and refine bits, from `low` and `high` (2 bits a coordinate) or from `low` alone (1 bit). These
-// lie above the path's bits, but below them where a word with even t has two, which saves the third word a shift. With 5 bits the
-// sign is in `top`, and nibbles are magnitudes: where it is clear the path's bits are complemented, as the refine bits are in memory.
+// Indices of the levels of 32 coordinates, or of eight tokens' four, in the nibbles of four words: the path's bits of path_bits(),
+// from the path bits u and these two bits up, and refine bits, from `low` and `high` (2 bits a coordinate) or from `low` alone (1
+// bit). These lie above the path's bits, but below them where a word with even t has two, which saves the third word a shift. With
+// 5 bits the sign is in `top`, and nibbles are magnitudes: where it is clear the path's bits are complemented, as the refine bits
+// are in memory. Bit u_t xor u_{t-2} of all coordinates is one instruction then, and the other bit beside it one for even t and
+// one for odd t.
 template <int BITS>
-__device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, u32 high, u32 top, u32 (&w)[4]) {
+__device__ __forceinline__ void join(const Lane& L, u32 u, u32 two_up, u32 low, u32 high, u32 top, u32 (&w)[4]) {
+    u32 even, odd;
+    if (BITS == 4) {
+        const u32 upper_bit = not_xor(u, two_up, top);
+        even = select(upper_bit, equal_bits(two_up, top << 1), L.even_bits);
+        odd = select(equal_bits(u, top >> 1), upper_bit, L.even_bits);
+    } else {
+        path_bits(u, two_up, even, odd);
+    }
     if (BITS == 2) {
         // the fourth word's refine bits lie behind their nibbles, and are rotated with the path's bits
         const u32 r_even = low & L.even_bits, r_odd = __funnelshift_l(low, low, 1) & L.even_bits;
@@ -73,10 +83,6 @@ __device__ __forceinline__ void join(const Lane& L, u32 even, u32 odd, u32 low, 
         w[2] = select(even >> 2, r_even, L.low_pairs);
         w[3] = __funnelshift_r(last, last, 2);
         return;
-    }
-    if (BITS == 4) {
-        even = equal_bits(even, (top & 0x55555555u) * 3);
-        odd = equal_bits(odd, (top >> 1 & 0x55555555u) * 3);
     }
     w[0] = select(low, even << 2, L.low_pairs);
     w[1] = select(odd, low, L.low_pairs);
@@ -107,15 +113,15 @@ __device__ __forceinline__ u32 sign_bytes(u32 top, int word, bool upper_half) {
 __device__ __forceinline__ void load_k(const Lane& L, u32 tile, u32 at, u32 (&w)[4], u32& top) {
 #if KTRELLIS
     const u32 u = load_4(tile + K_PATH + at);
-    u32 before = 0, even, odd;
+    u32 before = 0;
     if (L.k_continues) before = load_4(tile + (K_PATH - 4) + at); // a load with a predicate, and no mask
-    path_bits(u, __funnelshift_l(before, u, 2), even, odd);
+    const u32 two_up = __funnelshift_l(before, u, 2);
     top = KBITS == 4 ? load_4(tile + 512 + at) : 0;
 #if KBITS == 2
-    join<2>(L, even, odd, load_4(tile + at), 0, 0, w);
+    join<2>(L, u, two_up, load_4(tile + at), 0, 0, w);
 #else
     const uint2 r = load_8(tile + 2 * at);
-    join<KBITS>(L, even, odd, r.x, r.y, top, w);
+    join<KBITS>(L, u, two_up, r.x, r.y, top, w);
 #endif
 #elif KBITS == 4
     const uint4 v = load_16(tile + at);
@@ -163,50 +169,64 @@ __device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 nibbles) {
     return select(nibbles << 2, before >> 2, L.but_two);
 }
 
-// Calls `use(j, e, f, top, word)` for each of the eight products of a step: the codes of eight tokens, of the coordinates of rows
-// g and g + 8; of a trellis e is the word of that number of four, and f the next one.
-template <class Use>
-__device__ __forceinline__ void for_values(const Lane& L, u32 tiles, int lane, const Use& use) {
 #if VTRELLIS
-    // A lane has bytes 2 (g & 1) and 2 (g & 1) + 1 of word g / 2 of the planes of 1 bit, with four rows in each nibble, and of
-    // both words that a plane of 2 bits has for these: coordinates 32 (g / 2) + 4 (g & 1) + 2 byte + nibble + 8 row.
+// A lane's part of V's planes: bytes 2 (g & 1) and 2 (g & 1) + 1 of word g / 2 of the planes of 1 bit, with four rows in each
+// nibble, and of both words that a plane of 2 bits has for these: coordinates 32 (g / 2) + 4 (g & 1) + 2 byte + nibble + 8 row.
+struct Values {
     u32 path[2][2], low[2][2], high[2][2], top[2][2], last[2]; // [tile][byte]; of the byte before the first
+};
+
+__device__ __forceinline__ void load_values(const Lane& L, u32 tiles, Values& V) {
 #pragma unroll
     for (int a = 0; a < 2; a++) {
         const u32 tile = tiles + a * TILE_STRIDE;
         const uint2 u = load_8(tile + (V_PATH - V_CODES) + L.v_top);
-        path[a][0] = u.x, path[a][1] = u.y;
-        last[a] = load_4(tile + L.v_before);
+        V.path[a][0] = u.x, V.path[a][1] = u.y;
+        V.last[a] = load_4(tile + L.v_before);
         const uint2 r = load_8(tile + (VBITS == 2 ? L.v_top : L.v));
-        low[a][0] = r.x, low[a][1] = r.y;
+        V.low[a][0] = r.x, V.low[a][1] = r.y;
         if (VBITS > 2) {
             const uint2 s = load_8(tile + L.v + 64);
-            high[a][0] = s.x, high[a][1] = s.y;
+            V.high[a][0] = s.x, V.high[a][1] = s.y;
         }
         if (VBITS == 4) {
             const uint2 t = load_8(tile + 512 + L.v_top);
-            top[a][0] = t.x, top[a][1] = t.y;
+            V.top[a][0] = t.x, V.top[a][1] = t.y;
         }
     }
-    u32 before = select(last[0] >> 4, last[1], L.low_nibbles) & L.v_carry;
+}
+#else
+struct Values {}; // loaded where they are used
+__device__ __forceinline__ void load_values(const Lane&, u32, Values&) {}
+#endif
+
+// Whether V's codes are loaded ahead of the weights that they wait for: 2t gains 1 % by that and 4t 1 to 2, 3t loses 2 (H200); with
+// eight rows there are no registers for it.
+#define VALUES_AHEAD (VTRELLIS && VBITS != 3 && NB == 1)
+
+// Calls `use(j, e, f, top, word)` for each of the eight products of a step: the codes of eight tokens, of the coordinates of rows
+// g and g + 8; of a trellis e is the word of that number of four, and f the next one.
+template <class Use>
+__device__ __forceinline__ void for_values(const Lane& L, u32 tiles, Values& V, int lane, const Use& use) {
+#if VTRELLIS
+    if (!VALUES_AHEAD) load_values(L, tiles, V);
+    u32 before = select(V.last[0] >> 4, V.last[1], L.low_nibbles) & L.v_carry;
     if (VBITS == 2) before >>= 2; // as join_nibbles() wants it
 #pragma unroll
     for (int byte = 0; byte < 2; byte++) {
         u32 u[2], l[2], h[2] = {0, 0}, t[2] = {0, 0}; // by nibble of the byte
-        interleave(path[0][byte], path[1][byte], L.low_nibbles, u[0], u[1]);
-        interleave(low[0][byte], low[1][byte], L.low_nibbles, l[0], l[1]);
-        if (VBITS > 2) interleave(high[0][byte], high[1][byte], L.low_nibbles, h[0], h[1]);
-        if (VBITS == 4) interleave(top[0][byte], top[1][byte], L.low_nibbles, t[0], t[1]);
+        interleave(V.path[0][byte], V.path[1][byte], L.low_nibbles, u[0], u[1]);
+        interleave(V.low[0][byte], V.low[1][byte], L.low_nibbles, l[0], l[1]);
+        if (VBITS > 2) interleave(V.high[0][byte], V.high[1][byte], L.low_nibbles, h[0], h[1]);
+        if (VBITS == 4) interleave(V.top[0][byte], V.top[1][byte], L.low_nibbles, t[0], t[1]);
 #pragma unroll
         for (int n = 0; n < 2; n++) {
             u32 w[4];
             if (VBITS == 2) {
                 join_nibbles(L, before, u[n], l[n], w);
             } else {
-                u32 even, odd;
-                path_bits(u[n], two_up(L, before, u[n]), even, odd);
+                join<VBITS>(L, u[n], two_up(L, before, u[n]), l[n], h[n], t[n], w);
                 before = u[n];
-                join<VBITS>(L, even, odd, l[n], h[n], t[n], w);
             }
             use(2 * byte + n, w[0], w[1], t[n], 0);
             use(4 + 2 * byte + n, w[2], w[3], t[n], 2);

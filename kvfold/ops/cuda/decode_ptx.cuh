@@ -26,7 +26,7 @@ __device__ __forceinline__ u32 select(u32 x, u32 y, u32 mask) {
     asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(r) : "r"(x), "r"(y), "r"(mask));
     return r;
 }
-// ~(x ^ y), and ~((x | y) ^ z): the compiler would make two instructions of each.
+// ~(x ^ y), ~((x | y) ^ z) and ~(x ^ y ^ z): the compiler would make two instructions of each.
 __device__ __forceinline__ u32 equal_bits(u32 x, u32 y) {
     u32 r;
     asm("lop3.b32 %0, %1, %2, %2, 0xc3;" : "=r"(r) : "r"(x), "r"(y));
@@ -35,6 +35,11 @@ __device__ __forceinline__ u32 equal_bits(u32 x, u32 y) {
 __device__ __forceinline__ u32 equal_bits(u32 x, u32 y, u32 z) {
     u32 r;
     asm("lop3.b32 %0, %1, %2, %3, 0xa9;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
+    return r;
+}
+__device__ __forceinline__ u32 not_xor(u32 x, u32 y, u32 z) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0x69;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
     return r;
 }
 // The larger one, or NaN if one is.

@@ -213,6 +213,9 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
                 if (!used[nb][p]) r[nb][p] = 0.f;
     }
 
+    Values V;
+    if (VALUES_AHEAD) load_values(L, tiles, V);
+
     // weights: exp2(score - top) * V scale, in 16-bit fixed point
     const u32 dither = number * 0x9e3779b9u + L.dither;
     const float d0 = flt((dither >> 9) | 0x3f800000u) - 1.5f, d1 = -d0;
@@ -257,7 +260,7 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
     }
 
     // output: V^T w
-    for_values(L, tiles, lane, [&](int j, u32 e, u32 f, u32 top, int word) {
+    for_values(L, tiles, V, lane, [&](int j, u32 e, u32 f, u32 top, int word) {
         const u32 eh = upper(e), fh = upper(f);
         const u32 et0 = VTRELLIS ? L.v_low_even : L.v_low, et1 = VTRELLIS ? VTE1 : VT1;
         const u32 eu0 = VTRELLIS ? L.v_high_even : L.v_high, eu1 = VTRELLIS ? VUE1 : VU1;
