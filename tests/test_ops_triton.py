@@ -132,17 +132,23 @@ def test_store_writes_the_reference_bytes(spec: str, all_sizes: tuple[tuple[int,
         assert_same_bytes(got.records(slots), cache.records(slots), k, v, layout, cache.references(slots))
 
 
+OPENING = (
+    *((40,), (19, 1, 1, 19), (3, 37)),  # own keys; too few of them, with the page before as it is stored; no page
+    (16, 17, 7),  # too few, and the page before comes in the same call
+    *((5, 12, 23), (14, 4, 22)),  # the page before in part: its keys of this call, or the stored ones
+)
+"""Tokens that are stored at a time, in pages of 16."""
+
+
 @pytest.mark.parametrize(
-    "steps",
+    ("steps", "spec"),
     [
-        *((40,), (19, 1, 1, 19), (3, 37)),  # own keys; too few of them, with the page before as it is stored; no page
-        (16, 17, 7),  # too few, and the page before comes in the same call
-        *((5, 12, 23), (14, 4, 22)),  # the page before in part: its keys of this call, or the stored ones
+        *((steps, spec) for steps in OPENING for spec in ("k4v4+mean", "k4v4+mean+sinks4")),
+        ((5, 12, 23), "k2tv4+mean"),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("spec", ["k4v4+mean", "k4v4+mean+sinks4"])
-def test_pages_are_opened_as_the_reference_opens_them(spec: str, steps: tuple[int, ...]) -> None:
+def test_pages_are_opened_as_the_reference_opens_them(steps: tuple[int, ...], spec: str) -> None:
     layout = PageLayout.of(spec, 40, page_size=16)
     cache = empty_cache(layout, [40])
     k, v = noise(40, 2, 40, seed=1) + 3 * noise(2, 40, seed=2), noise(40, 2, 40, seed=3)
@@ -206,7 +212,7 @@ def test_zero_huge_tiny_and_bad_vectors_are_stored_as_the_reference_does() -> No
     ("spec", "sizes"),
     [
         *(("k4v3", (64, 80)), ("k7v8", (64, 32)), ("k1v5", (33, 64))),
-        *(("k3tv4t", (80, 40)), ("k2tv2t+mean", (40, 64))),
+        *(("k3tv4t", (80, 40)), ("k2tv2t+mean", (40, 64)), ("k2tv3t", (64, 64)), ("k4tv2t", (64, 128))),
     ],
 )
 def test_load(spec: str, sizes: tuple[int, int]) -> None:
@@ -494,6 +500,23 @@ def test_prefill(chunk: str, spec: str, dtype: torch.dtype, option: dict[str, An
         visible = sees(end - begin, len(keys), window=option.get("window"), mask=mask)
         wanted.append(expected(q[begin:end].float(), keys, values, visible, 0.125, option.get("softcap")))
     assert_near((out.cpu(), lse.cpu()), Expected.stack(wanted, varlen=True), dtype)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize(
+    "spec", ["k2tv2t", "k2tv2t+mean", "k3tv3t", "k3tv2t+mean", "k4tv4t", "k2tv4t", "k4tv2t+mean", "k2v3", "k3v2+mean"]
+)
+def test_prefill_of_every_width(spec: str, head_size: int) -> None:
+    """Whole pages of 64, as a model's prompt is: a compiler's fault may lie in a single width."""
+    cache, scale = make_cache(PageLayout.of(spec, head_size, page_size=64), (70,), heads=1), head_size**-0.5
+    q = noise(70, 1, head_size)
+    out, lse = kernels.prefill_attention(
+        *on(q, cache.pages, cache.table, cache.lengths.int(), torch.tensor([0, 70])), cache.layout,
+        AttentionOptions(scale),
+    )  # fmt: skip
+    keys, values = cache.vectors(0)
+    wanted = Expected.stack([expected(q, keys, values, sees(70, 70), scale)], varlen=True)
+    assert_near((out.cpu(), lse.cpu()), wanted, torch.float32)
 
 
 @pytest.mark.parametrize("option", [{}, {"window": 12}, {"softcap": 2.0}, {"mask": True}], ids=str)
