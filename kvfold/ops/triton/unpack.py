@@ -332,7 +332,7 @@ def codes_of(pages, tile, token, coordinate, S: tl.constexpr):
         code = code << 2 | path << 1 | _path_bit(pages, tile, token, coordinate, t - 1, S)
         if S.bits <= 4:
             half: tl.constexpr = 1 << (S.bits - 1)
-            if S.bits == 3:  # not as below: so compiled, keys of 2t came out wrong on an H200 (docs/quality.md)
+            if S.bits == 3:  # written as below, ptxas 12.8.93 makes wrong code of it (docs/quality.md, Limits)
                 code = tl.where(code < half, 2 * half - 1 - code, code - half)
             else:
                 code = code ^ tl.where(code < half, half + 3, half)
