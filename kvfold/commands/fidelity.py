@@ -42,7 +42,7 @@ from kvfold.commands.plan import whole
 from kvfold.errors import CapacityError, FormatError, KVFoldError
 from kvfold.formats import PAGE_SIZES
 from kvfold.layerformats import ModelFormat
-from kvfold.models import SMOLLM2
+from kvfold.models import MODELS_HELP, SMOLLM2
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help=f"formats, or other systems' such as vllm:4bit_nc, paper:mse4, ggml:q4_0 ({' '.join(FORMATS)})",
     )
-    parser.add_argument("--model", default=SMOLLM2, help="smollm2, a directory or a hub name (%(default)s)")
+    parser.add_argument("--model", default=SMOLLM2, help=MODELS_HELP)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (the beginning of Moby Dick, 6.8 kB)")
     parser.add_argument("--windows", type=whole, default=10, metavar="N", help="pieces of the text (%(default)s)")
     parser.add_argument("--window-tokens", type=whole, default=2048, metavar="N", help="length of each (%(default)s)")

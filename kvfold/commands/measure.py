@@ -17,7 +17,7 @@ from kvfold.commands import UsageError
 from kvfold.commands.plan import whole
 from kvfold.formats import PAGE_SIZES
 from kvfold.layerformats import ModelFormat
-from kvfold.models import SMOLLM2, load
+from kvfold.models import MODELS_HELP, SMOLLM2, load
 
 ORDINARY = "none"
 """The name of the cache that compresses nothing: transformers' DynamicCache under its own attention."""
@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """The options that both commands have."""
-    parser.add_argument("--model", default=SMOLLM2, help="smollm2, a directory or a hub name (%(default)s)")
+    parser.add_argument("--model", default=SMOLLM2, help=MODELS_HELP)
     parser.add_argument("--no-chat-template", action="store_true", help="give the model the prompt as it is")
     parser.add_argument(
         "--max-new-tokens", type=whole, default=max_new_tokens, metavar="N", help="tokens at most (%(default)s)"

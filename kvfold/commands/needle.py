@@ -37,7 +37,7 @@ from kvfold.commands.plan import whole
 from kvfold.errors import CapacityError, KVFoldError
 from kvfold.formats import PAGE_SIZES
 from kvfold.layerformats import ModelFormat
-from kvfold.models import SMOLLM2
+from kvfold.models import MODELS_HELP, SMOLLM2
 
 if TYPE_CHECKING:
     from kvfold.eval.needle import Encoding, Prompt, Score
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", nargs="+", action="extend", metavar="F", help=f"one format or several ({' '.join(FORMATS)})"
     )
-    parser.add_argument("--model", default=SMOLLM2, help="smollm2, a directory or a hub name (%(default)s)")
+    parser.add_argument("--model", default=SMOLLM2, help=MODELS_HELP)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 haystack (the beginning of Moby Dick, 6.8 kB)")
     parser.add_argument(
         "--length",

@@ -41,7 +41,7 @@ from kvfold.commands.plan import whole
 from kvfold.errors import CapacityError
 from kvfold.formats import PAGE_SIZES, KVFormat, Side
 from kvfold.layerformats import ModelFormat, elements_of
-from kvfold.models import SMOLLM2
+from kvfold.models import MODELS_HELP, SMOLLM2
 from kvfold.modelshape import LayerGroup
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--option", nargs="+", action="extend", metavar="O", help="options of all formats: mean, sinks4, vplain ..."
     )
     parser.add_argument("--uniform", action="store_true", help="the same format for all layers")
-    parser.add_argument("--model", default=SMOLLM2, help="smollm2, a directory or a hub name (%(default)s)")
+    parser.add_argument("--model", default=SMOLLM2, help=MODELS_HELP)
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text (the beginning of Moby Dick, 6.8 kB)")
     parser.add_argument("--windows", type=whole, default=1, metavar="N", help="pieces of text to tune on (%(default)s)")
     parser.add_argument("--held-out", type=whole, default=2, metavar="N", help="others to check on (%(default)s)")
