@@ -64,6 +64,7 @@ inline void prmt_b32(u32& d, u32 a, u32 b, u32 selectors) {  // a selector's top
     d = r;
 }
 inline void selp_u32(u32& d, u32 a, u32 b, bool chosen) { d = chosen ? a : b; }
+inline void shr_u32(u32& d, u32 a, u32 n) { d = n < 32 ? a >> n : 0; }
 inline void mad_lo_u32(u32& d, u32 a, u32 b, u32 c) { d = a * b + c; }
 inline void dp2a_lo_u32_u32(u32& d, u32 a, u32 b, u32 c) { d = c + (a & 0xFFFFu) * (b & 255u) + (a >> 16) * (b >> 8 & 255u); }
 inline void lop3_b32(u32& d, u32 a, u32 b, u32 c, u32 table) {

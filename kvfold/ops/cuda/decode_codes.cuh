@@ -4,6 +4,13 @@
 #include "decode_partial.cuh"
 #include "trellis.cuh"
 
+// Whether products with V have the tokens of one tile, and two neighbouring coordinates by turns, as V's bytes have them: weights
+// are zero for one of these, so that there are twice as many products, but nothing is joined of nibbles from both tiles. 4t gains
+// 4 % by that; 3t and 2t, which have less to join, lose 5 and 2 (H200).
+#define BY_TILES (VTRELLIS && VBITS == 4 && NB == 1)
+#define TILES (1 + BY_TILES) // that weights are for
+#define COORDINATES (1 + BY_TILES)
+
 // What a lane needs in each step and the compiler would compute anew. The first words of the byte tables are among them: a
 // constant, or anything that is known to be the same in all lanes, would be copied before each of its hundred uses.
 struct Lane {
@@ -11,10 +18,10 @@ struct Lane {
     u32 k0, k1, scales, v, v_top; // where its rows of K, its tokens' scales, its codes of V and their top bits lie in a tile
     u32 scale_order, scale_order1, word_order, word_order1; // selectors: of the scales in a pair, of the weights' operands
     u32 minus_one, low_nibbles, dither;
-    // of trellises: the tables of words with even t; 0 where nothing is before a word of path bits; where that lies in V; and
-    // masks as `select` wants them: of the lower two bits of nibbles, of all but these, and of every other bit
+    // of trellises: the tables of words with even t; how far the path bits before the lane's are shifted down, out of the word
+    // where there are none; and where they lie in V
     u32 k_low_even, k_high_even, v_low_even, v_high_even;
-    u32 k_continues, v_carry, v_before, low_pairs, but_two, even_bits;
+    u32 k_down, v_down, v_before;
 };
 
 __device__ __forceinline__ int swapped(int lane) { return __popc(lane >> 2) & 1; }
@@ -36,21 +43,22 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
     L.v = pin(V_CODES + 128 * (g >> 1) + 16 * i + 8 * (g & 1), lane);
     L.v_top = pin(V_CODES + 64 * (g >> 1) + 16 * i + 8 * (g & 1), lane);
     L.v_before = pin(L.v_top + (V_PATH - V_CODES) - (g & 1 ? 4 : 52), lane);
-    L.v_carry = pin(g ? ~0u : 0, lane);
+    L.v_down = pin(!g ? 32 : BY_TILES ? 6 : 2, lane);
 #else
     L.v = pin(V_CODES + 64 * g + 16 * i, lane);
     L.v_top = VBITS == 3 ? pin(V_CODES + 512 + 64 * (g >> 1) + 16 * i, lane) : 0;
 #endif
-    L.k_continues = KTRELLIS ? pin(i, lane) : 0;
+    L.k_down = KTRELLIS ? pin(i ? 30 : 32, lane) : 0;
     L.k_low_even = KTRELLIS ? pin(KTE0 + zero, lane) : 0;
     L.k_high_even = KTRELLIS && KBITS > 2 ? pin(KUE0 + zero, lane) : 0;
     L.v_low_even = SAME_LEVELS ? L.k_low_even : VTRELLIS ? pin(VTE0 + zero, lane) : 0;
     L.v_high_even = SAME_LEVELS ? L.k_high_even : VTRELLIS && VBITS > 2 ? pin(VUE0 + zero, lane) : 0;
-    L.low_pairs = KTRELLIS || VTRELLIS ? pin(0x33333333u + zero, lane) : 0;
-    L.but_two = VTRELLIS && VBITS > 2 ? pin(0xccccccccu + zero, lane) : 0;
-    L.even_bits = (KTRELLIS && KBITS != 3) || (VTRELLIS && VBITS != 3) ? pin(0x55555555u + zero, lane) : 0;
+#if BY_TILES
+    L.word_order = pin(swapped(lane) ? 0x0415u : 0x4051u, lane), L.word_order1 = 0;
+#else
     L.word_order = pin(__popc(2 * i) & 1 ? 0x1054u : 0x5410u, lane);
     L.word_order1 = pin(L.word_order ^ 0x6666u, lane);
+#endif
     L.dither = pin(lane * 0x3c6ef372u + 0x1234567u, lane);
     L.minus_one = pin(P.minus_one, lane), L.low_nibbles = pin(P.low_nibbles, lane);
     return L;
@@ -58,53 +66,57 @@ __device__ __forceinline__ Lane lane_constants(const Params& P, int lane) {
 
 // --- trellises --------------------------------------------------------------------------------------------------------
 
-// Indices of the levels of 32 coordinates, or of eight tokens' four, in the nibbles of four words: the path's bits of path_bits(),
-// from the path bits u and these two bits up, and refine bits, from `low` and `high` (2 bits a coordinate) or from `low` alone (1
-// bit). These lie above the path's bits, but below them where a word with even t has two, which saves the third word a shift. With
-// 5 bits the sign is in `top`, and nibbles are magnitudes: where it is clear the path's bits are complemented, as the refine bits
-// are in memory. Bit u_t xor u_{t-2} of all coordinates is one instruction then, and the other bit beside it one for even t and
-// one for odd t.
+// Masks: of every other bit, of the lower two bits of nibbles.
+#define EVEN_BITS 0x55555555u
+#define LOW_PAIRS 0x33333333u
+
+// Indices of the levels of 32 coordinates, or of eight tokens' four, or of four tokens' eight, in the nibbles of four words: the
+// path's bits of path_bits(), from the path bits u and these two bits up, and refine bits, from `low` and `high` (2 bits a
+// coordinate) or from `low` alone (1 bit). These lie above the path's bits, but below them where a word with even t has two, which
+// saves the third word a shift. With 5 bits the sign is in `top`, and nibbles are magnitudes: where it is clear the path's bits are
+// complemented, as the refine bits are in memory. Bit u_t xor u_{t-2} of all coordinates is one instruction then, and the other
+// bit beside it one for even t and one for odd t.
 template <int BITS>
-__device__ __forceinline__ void join(const Lane& L, u32 u, u32 two_up, u32 low, u32 high, u32 top, u32 (&w)[4]) {
+__device__ __forceinline__ void join(u32 u, u32 two_up, u32 low, u32 high, u32 top, u32 (&w)[4]) {
     u32 even, odd;
     if (BITS == 4) {
         const u32 upper_bit = not_xor(u, two_up, top);
-        even = select(upper_bit, equal_bits(two_up, top << 1), L.even_bits);
-        odd = select(equal_bits(u, top >> 1), upper_bit, L.even_bits);
+        even = select(upper_bit, equal_bits(two_up, times_power(top, 1)), EVEN_BITS);
+        odd = select(equal_bits(u, top >> 1), upper_bit, EVEN_BITS);
     } else {
         path_bits(u, two_up, even, odd);
     }
     if (BITS == 2) {
         // the fourth word's refine bits lie behind their nibbles, and are rotated with the path's bits
-        const u32 r_even = low & L.even_bits, r_odd = __funnelshift_l(low, low, 1) & L.even_bits;
-        const u32 last = select(r_odd, odd, L.low_pairs);
-        w[0] = select(even, r_even << 2, L.low_pairs);
-        w[1] = select(odd, r_odd, L.low_pairs);
-        w[2] = select(even >> 2, r_even, L.low_pairs);
+        const u32 r_even = masked(low, EVEN_BITS), r_odd = masked(__funnelshift_l(low, low, 1), EVEN_BITS);
+        const u32 last = select(r_odd, odd, LOW_PAIRS);
+        w[0] = select(even, r_even << 2, LOW_PAIRS);
+        w[1] = select(odd, r_odd, LOW_PAIRS);
+        w[2] = select(even >> 2, r_even, LOW_PAIRS);
         w[3] = __funnelshift_r(last, last, 2);
         return;
     }
-    w[0] = select(low, even << 2, L.low_pairs);
-    w[1] = select(odd, low, L.low_pairs);
-    w[2] = select(high, even, L.low_pairs);
-    w[3] = select(odd >> 2, high, L.low_pairs);
+    w[0] = select(low, times_power(even, 2), LOW_PAIRS);
+    w[1] = select(odd, low, LOW_PAIRS);
+    w[2] = select(high, even, LOW_PAIRS);
+    w[3] = select(odd >> 2, high, LOW_PAIRS);
 }
 
 // The same of 2 bits, where words have eight tokens' nibbles: of each one the path's bits of t to t + 3. `before` has the two of
 // t - 2 and t - 1 in the lower bits, and gets those for the next nibbles. Each pair is the lower bits of `before`, u or u two down,
 // one of them xor the same bit of another of these.
-__device__ __forceinline__ void join_nibbles(const Lane& L, u32& before, u32 u, u32 low, u32 (&w)[4]) {
-    const u32 down = u >> 2, r_even = low & L.even_bits, r_odd = low >> 1 & L.even_bits;
-    w[0] = select(before ^ (u & 0x11111111u), r_even << 2, L.low_pairs);
-    w[1] = select(u ^ (before & 0x22222222u), r_odd << 2, L.low_pairs);
-    w[2] = select(u ^ (down & 0x11111111u), r_even, L.low_pairs);
-    w[3] = select(down ^ (u & 0x22222222u), r_odd, L.low_pairs);
+__device__ __forceinline__ void join_nibbles(u32& before, u32 u, u32 low, u32 (&w)[4]) {
+    const u32 down = u >> 2, r_even = masked(low, EVEN_BITS), r_odd = masked(low >> 1, EVEN_BITS);
+    w[0] = select(before ^ (u & 0x11111111u), r_even << 2, LOW_PAIRS);
+    w[1] = select(u ^ (before & 0x22222222u), r_odd << 2, LOW_PAIRS);
+    w[2] = select(u ^ (down & 0x11111111u), r_even, LOW_PAIRS);
+    w[3] = select(down ^ (u & 0x22222222u), r_odd, LOW_PAIRS);
     before = down;
 }
 
 // Of four words of indices: 0xff for each of four coordinates whose sign in `top` is set, which is positive.
 __device__ __forceinline__ u32 sign_bytes(u32 top, int word, bool upper_half) {
-    return prmt(top << (7 - word), top << (3 - word), upper_half ? 0xfbeau : 0xd9c8u);
+    return prmt(times_power(top, 7 - word), word == 3 ? top : times_power(top, 3 - word), upper_half ? 0xfbeau : 0xd9c8u);
 }
 
 // --- K ----------------------------------------------------------------------------------------------------------------
@@ -113,15 +125,13 @@ __device__ __forceinline__ u32 sign_bytes(u32 top, int word, bool upper_half) {
 __device__ __forceinline__ void load_k(const Lane& L, u32 tile, u32 at, u32 (&w)[4], u32& top) {
 #if KTRELLIS
     const u32 u = load_4(tile + K_PATH + at);
-    u32 before = 0;
-    if (L.k_continues) before = load_4(tile + (K_PATH - 4) + at); // a load with a predicate, and no mask
-    const u32 two_up = __funnelshift_l(before, u, 2);
+    const u32 two_up = 4 * u + shift_down(load_4(tile + (K_PATH - 4) + at), L.k_down);
     top = KBITS == 4 ? load_4(tile + 512 + at) : 0;
 #if KBITS == 2
-    join<2>(L, u, two_up, load_4(tile + at), 0, 0, w);
+    join<2>(u, two_up, load_4(tile + at), 0, 0, w);
 #else
     const uint2 r = load_8(tile + 2 * at);
-    join<KBITS>(L, u, two_up, r.x, r.y, top, w);
+    join<KBITS>(u, two_up, r.x, r.y, top, w);
 #endif
 #elif KBITS == 4
     const uint4 v = load_16(tile + at);
@@ -164,10 +174,8 @@ __device__ __forceinline__ void interleave(u32 x, u32 y, u32 mask, u32& low, u32
     high = select(x >> 4, y, mask);
 }
 
-// Nibbles of eight tokens, two up as strings: `before` has the nibbles before theirs.
-__device__ __forceinline__ u32 two_up(const Lane& L, u32 before, u32 nibbles) {
-    return select(nibbles << 2, before >> 2, L.but_two);
-}
+// Nibbles of eight tokens, or bytes of four, two up as strings: `down` has the upper two bits of those before at the bottom.
+__device__ __forceinline__ u32 two_up(u32 down, u32 u, u32 mask) { return select(times_power(u, 2), down, mask); }
 
 #if VTRELLIS
 // A lane's part of V's planes: bytes 2 (g & 1) and 2 (g & 1) + 1 of word g / 2 of the planes of 1 bit, with four rows in each
@@ -204,14 +212,29 @@ __device__ __forceinline__ void load_values(const Lane&, u32, Values&) {}
 // eight rows there are no registers for it.
 #define VALUES_AHEAD (VTRELLIS && VBITS != 3 && NB == 1)
 
-// Calls `use(j, e, f, top, word)` for each of the eight products of a step: the codes of eight tokens, of the coordinates of rows
-// g and g + 8; of a trellis e is the word of that number of four, and f the next one.
+// Calls `use(j, e, f, top, word, tile)` for the products of a step, with codes of the coordinates of rows g and g + 8; of a trellis
+// e is the word of that number of four, and f the next one. For each of eight j these are eight tokens' codes, four of each tile.
+// BY_TILES: for each even j and each tile, four tokens' codes, of each token that of j and that of j + 1.
 template <class Use>
 __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, Values& V, int lane, const Use& use) {
-#if VTRELLIS
+#if BY_TILES
     if (!VALUES_AHEAD) load_values(L, tiles, V);
-    u32 before = select(V.last[0] >> 4, V.last[1], L.low_nibbles) & L.v_carry;
-    if (VBITS == 2) before >>= 2; // as join_nibbles() wants it
+#pragma unroll
+    for (int a = 0; a < 2; a++) {
+        u32 down = shift_down(V.last[a], L.v_down);
+#pragma unroll
+        for (int byte = 0; byte < 2; byte++) {
+            const u32 u = V.path[a][byte], top = VBITS == 4 ? V.top[a][byte] : 0;
+            u32 w[4];
+            join<VBITS>(u, two_up(down, u, 0xfcfcfcfcu), V.low[a][byte], VBITS > 2 ? V.high[a][byte] : 0, top, w);
+            down = u >> 6;
+            use(2 * byte, w[0], w[1], top, 0, a);
+            use(4 + 2 * byte, w[2], w[3], top, 2, a);
+        }
+    }
+#elif VTRELLIS
+    if (!VALUES_AHEAD) load_values(L, tiles, V);
+    u32 down = shift_down(select(V.last[0] >> 4, V.last[1], L.low_nibbles), L.v_down);
 #pragma unroll
     for (int byte = 0; byte < 2; byte++) {
         u32 u[2], l[2], h[2] = {0, 0}, t[2] = {0, 0}; // by nibble of the byte
@@ -223,13 +246,13 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, Values& V, 
         for (int n = 0; n < 2; n++) {
             u32 w[4];
             if (VBITS == 2) {
-                join_nibbles(L, before, u[n], l[n], w);
+                join_nibbles(down, u[n], l[n], w);
             } else {
-                join<VBITS>(L, u[n], two_up(L, before, u[n]), l[n], h[n], t[n], w);
-                before = u[n];
+                join<VBITS>(u[n], two_up(down, u[n], 0xccccccccu), l[n], h[n], t[n], w);
+                down = u[n] >> 2;
             }
-            use(2 * byte + n, w[0], w[1], t[n], 0);
-            use(4 + 2 * byte + n, w[2], w[3], t[n], 2);
+            use(2 * byte + n, w[0], w[1], t[n], 0, 0);
+            use(4 + 2 * byte + n, w[2], w[3], t[n], 2, 0);
         }
     }
 #else
@@ -273,7 +296,7 @@ __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, Values& V, 
         }
 #endif
 #pragma unroll
-        for (int n = 0; n < 2; n++) use(2 * byte + n, code[n][0], code[n][1], 0u, 0);
+        for (int n = 0; n < 2; n++) use(2 * byte + n, code[n][0], code[n][1], 0u, 0, 0);
     }
 #endif
 }

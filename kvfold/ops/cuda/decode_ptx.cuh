@@ -20,12 +20,32 @@ __device__ __forceinline__ u32 upper(u32 x) {
     asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x0100u), "r"(0u));
     return r;
 }
-// Bits of x where mask is set, of y elsewhere: one instruction, if the mask is no constant.
+// sum + (x & 0xffff), likewise.
+__device__ __forceinline__ u32 add_lower(u32 sum, u32 x) {
+    u32 r;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(0x0001u), "r"(sum));
+    return r;
+}
+// x << n as x * (2^n - 1) + x: of a product with a power of two the compiler may make a shift, for the integer unit.
+__device__ __forceinline__ u32 times_power(u32 x, int n) {
+    u32 r;
+    asm("mad.lo.u32 %0, %1, %2, %1;" : "=r"(r) : "r"(x), "r"((1u << n) - 1));
+    return r;
+}
+// x >> n, 0 if n is 32 or more.
+__device__ __forceinline__ u32 shift_down(u32 x, u32 n) {
+    u32 r;
+    asm("shr.u32 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(n));
+    return r;
+}
+// Bits of x where mask is set, of y elsewhere: one instruction.
 __device__ __forceinline__ u32 select(u32 x, u32 y, u32 mask) {
     u32 r;
     asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(r) : "r"(x), "r"(y), "r"(mask));
     return r;
 }
+// x & mask, with a mask that is a constant here alone: the compiler would put shifts ahead of it, and take more instructions.
+__device__ __forceinline__ u32 masked(u32 x, u32 mask) { return select(x, 0, mask); }
 // ~(x ^ y), ~((x | y) ^ z) and ~(x ^ y ^ z): the compiler would make two instructions of each.
 __device__ __forceinline__ u32 equal_bits(u32 x, u32 y) {
     u32 r;

@@ -9,10 +9,14 @@ __device__ __forceinline__ u32 pack2(float low, float high) {
     return QTYPE == 0 ? pack_bf16(low, high) : pack_f16(low, high);
 }
 
+// Whether scores begin as a float's bits, 12582912 = 0x4b400000: the integers that are added, below 2^22, are its last bits.
+#define FLOATS (KTRELLIS && NB == 1)
+
 struct Query {
     // rotated q in 16-bit fixed point, column 2 r its high bytes, 2 r + 1 its low bytes; with key references in the order in
     // which words of these lie side by side (reference_scores)
     u32 b[NB][8];
+    int zero[NB][4];  // FLOATS: what sums of high, low, high, low bytes begin with, half_sum included
     int half_sum[NB]; // what the levels' halves add: sum of the row's fixed-point q / 2
     float unit[NB];   // value of one unit of the integer scores, in log2
     int from[NB], to[NB]; // visible positions of the row of this lane's columns
@@ -136,5 +140,8 @@ __device__ __forceinline__ void load_query(Query& Q, const u8* from, int lane) {
         Q.b[nb][4] = w.x, Q.b[nb][5] = MEAN ? w.z : w.y, Q.b[nb][6] = MEAN ? w.y : w.z, Q.b[nb][7] = w.w;
         const int2 sums = ((const int2*)(from + ROWS * 256))[nb * 4 + i];
         Q.unit[nb] = flt((u32)sums.x), Q.half_sum[nb] = sums.y;
+        if (FLOATS)
+#pragma unroll
+            for (int e = 0; e < 4; e++) Q.zero[nb][e] = pin(0x4b400000 + (e & 1 ? sums.y : 0), lane);
     }
 }

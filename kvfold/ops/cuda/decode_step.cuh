@@ -132,7 +132,7 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
 #pragma unroll
             for (int nb = 0; nb < NB; nb++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) c[a][nb][e] = d[a][nb][e] = 0;
+                for (int e = 0; e < 4; e++) c[a][nb][e] = FLOATS ? Q.zero[nb][e] : 0, d[a][nb][e] = 0;
 #pragma unroll
             for (int k = 0; k < 4; k++) {
                 const u32 l0 = codes_of(w0, k, 0), l1 = codes_of(w1, k, 0), h0 = codes_of(w0, k, 1), h1 = codes_of(w1, k, 1);
@@ -167,8 +167,10 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
             for (int t = 0; t < 4; t++) {
                 const int a = t >> 1, e = 2 * (t & 1);
                 const int high = APART ? c[a][nb][e] + d[a][nb][e] : c[a][nb][e];
-                const int low = (APART ? c[a][nb][e + 1] + d[a][nb][e + 1] : c[a][nb][e + 1]) + Q.half_sum[nb];
-                x[nb][t] = (float)(high * 256 + low);
+                const int low = APART ? c[a][nb][e + 1] + d[a][nb][e + 1] : c[a][nb][e + 1];
+                // floats are 12582912 more than the sums: high * 256 - 12582912 is exact, and the sum is rounded once
+                x[nb][t] = FLOATS ? fmaf(flt(high), 256.f, -257.f * 12582912.f) + flt(low)
+                                  : (float)(high * 256 + (low + Q.half_sum[nb]));
                 unit[nb][t] = Q.unit[nb] * ks[t];
 #if SOFTCAP
                 {
@@ -219,7 +221,7 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
     // weights: exp2(score - top) * V scale, in 16-bit fixed point
     const u32 dither = number * 0x9e3779b9u + L.dither;
     const float d0 = flt((dither >> 9) | 0x3f800000u) - 1.5f, d1 = -d0;
-    u32 pb[NB][2];
+    u32 pb[NB][TILES][COORDINATES][2];
 #pragma unroll
     for (int nb = 0; nb < NB; nb++) {
         float p[4], w[4];
@@ -252,15 +254,29 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
         u32 y[4];
 #pragma unroll
         for (int t = 0; t < 4; t++) y[t] = bits(fmaf(w[t], S.factor[nb], t & 1 ? d1 : d0) + 12582912.f);
+#if BY_TILES
+#pragma unroll
+        for (int t = 0; t < 4; t++) S.weights[nb] = add_lower(S.weights[nb], y[t]);
+#else
         S.weights[nb] += (y[0] + y[1]) + (y[2] + y[3]) - 4u * 0x4b400000u;
+#endif
         // from rows of tokens to columns: high and low bytes of the first tokens of both tiles, then of the second ones
+#if BY_TILES
+#pragma unroll
+        for (int a = 0; a < 2; a++) {
+            const u32 four = transpose(prmt(y[2 * a], y[2 * a + 1], L.word_order));
+            pb[nb][a][0][0] = prmt(four, 0, 0x4140), pb[nb][a][0][1] = prmt(four, 0, 0x4342);
+            pb[nb][a][1][0] = times_power(pb[nb][a][0][0], 8), pb[nb][a][1][1] = times_power(pb[nb][a][0][1], 8);
+        }
+#else
         const u32 first = transpose(prmt(y[0], y[2], 0x4051)), second = transpose(prmt(y[1], y[3], 0x4051));
-        pb[nb][0] = prmt(first, second, L.word_order);
-        pb[nb][1] = prmt(first, second, L.word_order1);
+        pb[nb][0][0][0] = prmt(first, second, L.word_order);
+        pb[nb][0][0][1] = prmt(first, second, L.word_order1);
+#endif
     }
 
     // output: V^T w
-    for_values(L, tiles, V, lane, [&](int j, u32 e, u32 f, u32 top, int word) {
+    for_values(L, tiles, V, lane, [&](int j, u32 e, u32 f, u32 top, int word, int a) {
         const u32 eh = upper(e), fh = upper(f);
         const u32 et0 = VTRELLIS ? L.v_low_even : L.v_low, et1 = VTRELLIS ? VTE1 : VT1;
         const u32 eu0 = VTRELLIS ? L.v_high_even : L.v_high, eu1 = VTRELLIS ? VUE1 : VU1;
@@ -272,12 +288,16 @@ __device__ __forceinline__ void step(const Params& P, const Lane& L, const Query
         a3 = signed_levels(a3, L.v_high, VU1, fh, sign_bytes(top, word + 1, true), L.minus_one);
 #endif
 #pragma unroll
-        for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
+        for (int nb = 0; nb < NB; nb++)
+#pragma unroll
+            for (int n = 0; n < COORDINATES; n++) mma_u8(S.acc[nb][j + n], a0, a1, a2, a3, pb[nb][a][n][0], pb[nb][a][n][1]);
 #if V_INDEX == 4
         a0 = prmt(eu0, eu1, complement(e, L.minus_one)), a1 = prmt(L.v_high, VU1, complement(f, L.minus_one));
         a2 = prmt(eu0, eu1, complement(eh, L.minus_one)), a3 = prmt(L.v_high, VU1, complement(fh, L.minus_one));
 #pragma unroll
-        for (int nb = 0; nb < NB; nb++) mma_u8(S.acc[nb][j], a0, a1, a2, a3, pb[nb][0], pb[nb][1]);
+        for (int nb = 0; nb < NB; nb++)
+#pragma unroll
+            for (int n = 0; n < COORDINATES; n++) mma_u8(S.acc[nb][j + n], a0, a1, a2, a3, pb[nb][a][n][0], pb[nb][a][n][1]);
 #endif
     });
 }
