@@ -35,6 +35,15 @@ from kvfold.ops.triton.unpack import (
     words_of_k,
     words_of_v,
 )
+from kvfold.ops.triton.unpack_trellis import (
+    coordinate_of_column,
+    coordinate_of_row,
+    k_levels,
+    known,
+    magnitudes,
+    tokens_of_groups,
+    v_levels,
+)
 
 STEP = 64
 """Tokens of a step."""
@@ -144,12 +153,15 @@ def _launch(
 def _stages(k: sides.Packed, v: sides.Packed, launch: _Launch) -> int:
     """Steps whose loads are under way: one if there is no room for two, or if their way is longer than the wait.
 
-    With two the next step's words come by shared memory. Of keys in several narrow planes, as far as their nibbles are
-    looked up, they are so many copies that a warp alone is slower by them than by waiting for what it loads at once
+    With two the next step's words come by shared memory, as soon as this step's are no longer needed. Of keys in
+    several narrow planes, as far as their nibbles are looked up, they are so many copies that a warp alone is slower by
+    them than by waiting for what it loads at once. Keys of a trellis need few copies, and leave room for one step more
     (docs/kernels.md).
     """
     if launch.warps > max(1, launch.row_tile // 16) and max(k.bits, v.bits) > 4:
         return 1
+    if k.trellis:
+        return STAGES + 1
     return 1 if launch.warps == 1 and k.bits <= 4 and len(k.widths) > 1 else STAGES
 
 
@@ -163,10 +175,10 @@ def _attend_and_combine(
     heads = pages.shape[1]
     group = num_heads // heads
     softcap = options.softcap or 0.0
-    factor = options.scale * sides.unit_level(k)
+    factor = options.scale * sides.decoded_unit(k)
     if not softcap:
         factor *= LOG2_E
-    queries, units = rotate_queries_to_half(q, factor, Order(k.fields, k.units, k.deep))
+    queries, units = rotate_queries_to_half(q, factor, Order(k.fields, k.units, k.deep, k.trellis))
     row_tile, row_blocks, warps, splits, least, most = launch
     total, columns = batch * num_queries * num_heads, _columns(v)
     partial = torch.empty(total, splits, columns, dtype=torch.float32, device=q.device)
@@ -175,7 +187,7 @@ def _attend_and_combine(
     _attend[(batch * heads * row_blocks, splits)](
         queries, units, pages.view(_UNIT_DTYPES[k.unit_bytes]), pages.view(torch.int32), pages.view(torch.int64),
         _table(k, q.device), _table(v, q.device), pages.view(torch.int8), pages.view(torch.bfloat16),
-        1.0 / sides.unit_level(k),
+        1.0 / sides.decoded_unit(k),
         block_table, *block_table.stride(),
         seq_lens, seq_lens.stride(0),
         *_optional(options.first), *_optional(options.query_start),
@@ -190,7 +202,7 @@ def _attend_and_combine(
         num_warps=warps, num_stages=_stages(k, v, launch),
     )  # fmt: skip
     _combine[(total,)](
-        partial, state, sides.inverse_matrix(v.head_size, q.device), sides.unit_level(v),
+        partial, state, sides.inverse_matrix(v.head_size, q.device), sides.decoded_unit(v),
         out, lse, num_heads, num_queries, splits,
         HEAD_SIZE=v.head_size, PADDED=v.padded, COLUMNS=columns,
         SPLITS=INVARIANT_SPLITS if batch_invariant else min(32, sides.power_of_two(splits)),
@@ -200,7 +212,7 @@ def _attend_and_combine(
 
 def _columns(v: sides.Packed) -> int:
     """Of a partial result."""
-    return v.pairs * (1 if v.bits == 8 else 2)
+    return v.rows * v.row_levels
 
 
 def _rows(x: torch.Tensor | None, some: slice) -> torch.Tensor | None:
@@ -222,6 +234,8 @@ def _warps(device: torch.device) -> int:
 
 
 def _table(side: sides.Packed, device: torch.device) -> torch.Tensor:
+    if side.trellis:
+        return sides.trellis_look_up(side, device)
     if side.bits <= 4:
         return sides.look_up(side, device)
     return sides.split_levels(side, device, torch.float16)
@@ -239,7 +253,7 @@ def _optional(positions: torch.Tensor | None) -> tuple[torch.Tensor | None, int]
     do_not_specialize_on_alignment=["table", "lengths", "first", "query_start"],  # parts of a batch begin anywhere
 )  # fmt: skip
 def _attend(
-    queries, units, k_pages, v_pages, scale_pages, k_levels, v_levels,
+    queries, units, k_pages, v_pages, scale_pages, k_table, v_table,
     reference_pages, reference_scales, reference_unit,
     table, table_row, table_page,
     lengths, length_stride, first, first_stride, query_start, query_start_stride,
@@ -305,23 +319,35 @@ def _attend(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     limit = tl.full((ROWS,), LEAST_LIMIT, tl.float32)
     total = tl.zeros((GROUPS, ROWS), tl.float32)
-    pairs: tl.constexpr = V.pairs
-    even = tl.zeros((pairs, columns), tl.float32)
-    odd = tl.zeros((pairs, columns), tl.float32)
+    rows: tl.constexpr = V.rows
+    even = tl.zeros((rows, columns), tl.float32)
+    odd = tl.zeros((rows, columns), tl.float32)  # of rows of two levels
     four = tl.arange(0, GROUPS)  # a group of four tokens: tokens 4 * four + t of the step
     place_in_tile = four % (TILE // 4)
+    k_magnitudes = magnitudes(k_table, K)
+    v_magnitudes = k_magnitudes
+    if V.trellis and not (K.trellis and K.bits == V.bits):
+        v_magnitudes = magnitudes(v_table, V)
 
     for index in tl.range(my_first, my_end):
         # where the step's tiles lie, in bytes: `tile` from `begin_byte` on, which is all that changes in large pages
         token = index * step + 4 * four
         if PAGE_SIZE % step == 0:
             page_index = index * step // PAGE_SIZE
-            page = tl.load(table + batch * table_row + page_index * table_page).to(tl.int64)
+            entry = table + batch * table_row + page_index * table_page
+            if K.trellis or V.trellis:
+                page = known(entry, index * step < length, K).to(tl.int64)
+            else:
+                page = tl.load(entry).to(tl.int64)
             begin_byte = (page * heads + head) * PAGE_BYTES
             tile = (index * step % PAGE_SIZE + 4 * four) // TILE * TILE_BYTES
         else:
             page_index = token // PAGE_SIZE
-            page = tl.load(table + batch * table_row + page_index * table_page, mask=token < length, other=0)
+            entry = table + batch * table_row + page_index * table_page
+            if K.trellis or V.trellis:
+                page = known(entry, token < length, K)
+            else:
+                page = tl.load(entry, mask=token < length, other=0)
             begin_byte = batch * 0
             tile = (page.to(tl.int64) * heads + head) * PAGE_BYTES + token % PAGE_SIZE // TILE * TILE_BYTES
         k_here = k_pages + begin_byte // K.unit_bytes
@@ -339,7 +365,9 @@ def _attend(
         k_scales = tl.load(scales_here + (tile // 8 + (K.scales // 8 + place_in_tile)))
         scores = ()
         for t in tl.static_range(4):
-            s = _scores(q_main, q_rest, k_here, tile, 4 * place_in_tile + t, k_levels, K, ROWS, GROUPS, STACKED)
+            s = _scores(
+                q_main, q_rest, k_here, tile, 4 * place_in_tile + t, k_table, k_magnitudes, K, ROWS, GROUPS, STACKED
+            )
             s = s * (_scale(k_scales, t)[:, None] * q_unit[None, :])
             if REFERENCE >= 0:
                 s += from_reference
@@ -380,37 +408,45 @@ def _attend(
         odd = odd * shrink[None, :]
         to_half = LARGEST / limit
 
-        w0, w1, w2 = words_of_v(v_here, tile, place_in_tile, v_levels, V)
-        for two in tl.static_range(0, 4, 2):
-            p0 = _doubled((weights[two] * to_half[None, :]).to(tl.float16), STACKED)
-            p1 = _doubled((weights[two + 1] * to_half[None, :]).to(tl.float16), STACKED)
-            if V.bits <= 4:
-                low0, high0, low1, high1 = levels_of_two_bytes(w0, v_levels, V, two)
-                even = multiply(low1, p1, multiply(low0, p0, even))
-                odd = multiply(high1, p1, multiply(high0, p0, odd))
-            else:
-                for t in tl.static_range(2):
-                    p = p0 if t == 0 else p1
-                    main, rest = two_halves(v_levels, wide_code(w0, w1, w2, V, two + t, 0))
-                    even = multiply(main, p, multiply(rest, p, even))
-                    if V.bits < 8:
-                        main, rest = two_halves(v_levels, wide_code(w0, w1, w2, V, two + t, 1))
-                        odd = multiply(main, p, multiply(rest, p, odd))
+        if V.trellis:
+            p = ()
+            for t in tl.static_range(4):
+                p += (_doubled((weights[t] * to_half[None, :]).to(tl.float16), STACKED),)
+            levels = v_levels(v_here, tile, place_in_tile, v_table, v_magnitudes, V)
+            even = multiply(levels, tokens_of_groups(p[0], p[1], p[2], p[3]), even)
+        else:
+            w0, w1, w2 = words_of_v(v_here, tile, place_in_tile, v_table, V)
+            for two in tl.static_range(0, 4, 2):
+                p0 = _doubled((weights[two] * to_half[None, :]).to(tl.float16), STACKED)
+                p1 = _doubled((weights[two + 1] * to_half[None, :]).to(tl.float16), STACKED)
+                if V.bits <= 4:
+                    low0, high0, low1, high1 = levels_of_two_bytes(w0, v_table, V, two)
+                    even = multiply(low1, p1, multiply(low0, p0, even))
+                    odd = multiply(high1, p1, multiply(high0, p0, odd))
+                else:
+                    for t in tl.static_range(2):
+                        p = p0 if t == 0 else p1
+                        main, rest = two_halves(v_table, wide_code(w0, w1, w2, V, two + t, 0))
+                        even = multiply(main, p, multiply(rest, p, even))
+                        if V.bits < 8:
+                            main, rest = two_halves(v_table, wide_code(w0, w1, w2, V, two + t, 1))
+                            odd = multiply(main, p, multiply(rest, p, odd))
 
     v_unit = _doubled(limit * (1.0 / LARGEST / level_unit(V)), STACKED)
     even = even * v_unit[None, :]
     odd = odd * v_unit[None, :]
-    pair = tl.arange(0, V.pairs)
+    coordinate = tl.arange(0, V.rows) * V.row_levels
+    if V.trellis:
+        coordinate = coordinate_of_row(V)
     slot = place * splits + part
     column_slot = column_place * splits + part
     # of two columns of a row, both have the sums
     written = _doubled((present & (tl.zeros_like(row) + my_first < my_end)).to(tl.int32), STACKED) != 0
     if STACKED:
         written = written & (tl.arange(0, columns) % 2 == 0)
-    per_pair: tl.constexpr = 1 if V.bits == 8 else 2
-    address = partial + column_slot[None, :] * (V.pairs * per_pair) + per_pair * pair[:, None]
+    address = partial + column_slot[None, :] * (V.rows * V.row_levels) + coordinate[:, None]
     tl.store(address, even, mask=written[None, :])
-    if V.bits < 8:
+    if V.row_levels == 2:
         tl.store(address + 1, odd, mask=written[None, :])
     tl.store(state + slot * 2, top, mask=present)
     tl.store(state + slot * 2 + 1, tl.sum(total, axis=0), mask=present)
@@ -418,17 +454,23 @@ def _attend(
 
 @triton.jit
 def _scores(
-    q_main, q_rest, pages, tile, token, levels, K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    q_main, q_rest, pages, tile, token, look_up, magnitudes, K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     STACKED: tl.constexpr,
 ):  # fmt: skip
     """Scores ``[TOKENS, ROWS]`` of the queries with the unscaled keys."""
-    w0, w1, w2 = words_of_k(pages, tile, token, levels, K)
     s = tl.zeros((TOKENS, ROWS * (2 if STACKED else 1)), tl.float32)
     per_byte: tl.constexpr = 1 if K.bits == 8 else 2
     unit_bytes: tl.constexpr = K.unit_bytes
-    if K.bits <= 4:
+    w0, w1, w2 = words_of_k(pages, tile, token, look_up, K)
+    if K.trellis:
+        level = k_levels(pages, tile, token, look_up, magnitudes, K)
+        if not STACKED:
+            s = multiply(level, q_rest[0], s)
+        s = multiply(level, q_main[0], s)
+    elif K.bits <= 4:
+        w0, w1, w2 = words_of_k(pages, tile, token, look_up, K)
         for first in tl.static_range(0, unit_bytes, 2):
-            low0, high0, low1, high1 = levels_of_two_bytes(w0, levels, K, first)
+            low0, high0, low1, high1 = levels_of_two_bytes(w0, look_up, K, first)
             if not STACKED:
                 s = multiply(high0, q_rest[2 * first + 1], multiply(low0, q_rest[2 * first], s))
             s = multiply(high0, q_main[2 * first + 1], multiply(low0, q_main[2 * first], s))
@@ -437,9 +479,10 @@ def _scores(
                     s = multiply(high1, q_rest[2 * first + 3], multiply(low1, q_rest[2 * first + 2], s))
                 s = multiply(high1, q_main[2 * first + 3], multiply(low1, q_main[2 * first + 2], s))
     else:
+        w0, w1, w2 = words_of_k(pages, tile, token, look_up, K)
         for byte in tl.static_range(unit_bytes):
             for half in tl.static_range(per_byte):
-                main, rest = two_halves(levels, wide_code(w0, w1, w2, K, byte, half))
+                main, rest = two_halves(look_up, wide_code(w0, w1, w2, K, byte, half))
                 if not STACKED:
                     s = multiply(main, q_rest[per_byte * byte + half], s)
                 s = multiply(rest, q_main[per_byte * byte + half], s)
@@ -460,6 +503,8 @@ def _reference_scores(
     fields: tl.constexpr = K.fields
     for field in tl.static_range(fields):
         coordinate = place * fields + field
+        if K.trellis:
+            coordinate = coordinate_of_column(K)
         address = pages + (page_byte[:, None] + (REFERENCE + coordinate)[None, :])
         code = tl.load(address, mask=(coordinate < K.head_size)[None, :], other=0).to(tl.float16)
         if not STACKED:

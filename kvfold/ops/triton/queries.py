@@ -22,6 +22,7 @@ class Order(NamedTuple):
     fields: int
     units: int
     deep: int = 1
+    trellis: bool = False
 
 
 def rotate_queries(q: torch.Tensor, factor: float, order: Order) -> torch.Tensor:
@@ -46,7 +47,7 @@ def _rotated(q: torch.Tensor, factor: float, order: Order, dtype: torch.dtype) -
     rows, columns = batch * num_queries * heads, order.fields * order.units
     out = torch.empty(rows, 2, columns, dtype=dtype, device=q.device)
     units = torch.empty(rows, dtype=torch.float32, device=q.device)
-    terms, norm = sides.rotation_terms(head_size, q.device, False, order.fields, order.units, order.deep)
+    terms, norm = sides.rotation_terms(head_size, q.device, False, *order)
     _rotate_queries[(triton.cdiv(rows, _ROWS),)](
         q, *q.stride(), num_queries, heads, terms, norm * factor, out, units, rows,
         HEAD_SIZE=head_size, TERMS=terms.shape[0], PADDED=terms.shape[1], COLUMNS=columns, ROWS=_ROWS, num_warps=4,

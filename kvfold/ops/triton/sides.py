@@ -33,8 +33,9 @@ class Packed(NamedTuple):
     which are loaded sixteen bytes at a time, units then come in another order, ``unpack.place_of_unit``: with ``deep``
     of them to an element of memory, first the first one of each element, and so on.
 
-    A trellis is read as Lloyd–Max codes of one bit more (``unpack.words_of_k``): its path bits choose among twice as
-    many levels.
+    A trellis has one bit more to look up by, as its path bits choose among twice as many levels; where that is done by
+    coordinate (``unpack.codes_of``) it is read as Lloyd–Max codes of that width. Decoding reads words of 32 path bits
+    (``unpack_trellis``) and has a level in each unit, of K, and in each row, of V.
 
     Attributes:
         bits: Width of a code as it is looked up.
@@ -50,7 +51,8 @@ class Packed(NamedTuple):
         units: Units of a vector of K, padded to a power of two.
         deep: Of narrow planes, the units of K to an element of memory, which is a word of the narrowest plane and one
             or two of others; 1 if there is a plane of 4 bits, and of V.
-        pairs: Bytes of a vector of V in a plane of 4 or 8 bits, padded to a power of two.
+        rows: Of V's tile: bytes of a vector in a plane of 4 or 8 bits, padded to a power of two, or a trellis' units.
+        row_levels: Coordinates of a row: the two of such a byte, or one.
         table: Up to 4 bits: the odd integers ``2 m + 1`` of the magnitudes, eight bytes as two int32.
         unpack: Up to 4 bits on NVIDIA: for either half of a word, the instructions that look up its four codes.
         trellis: Whether the last plane has a trellis' path bits.
@@ -68,7 +70,8 @@ class Packed(NamedTuple):
     unit_bytes: int
     units: int
     deep: int
-    pairs: int
+    rows: int
+    row_levels: int
     table: tuple[int, ...]
     unpack: tuple[str, ...]
     trellis: bool
@@ -94,6 +97,8 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
     while unit_bytes > 1 and power_of_two(-(-head_size // (unit_bytes * per_byte))) < 16:
         unit_bytes //= 2
     fields = unit_bytes * per_byte
+    if coded:
+        unit_bytes, fields = 4, 1
     table: tuple[int, ...] = ()
     unpack: tuple[str, ...] = ()
     if bits <= INT8_BITS:
@@ -101,11 +106,14 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
         assert integers is not None
         magnitudes = [int(m) for m in integers] * (8 // len(integers))
         table = struct.unpack("<2i", bytes(2 * m + 1 for m in magnitudes))
-        if not INTERPRETED.value and torch.version.hip is None:
+    if not INTERPRETED.value and torch.version.hip is None:
+        if coded:
+            unpack = tuple(_look_up_of_trellis(bits, row) for row in range(4))
+        elif bits <= INT8_BITS:
             unpack = tuple(_look_up(bits, byte) for byte in (0, 2))
-    units = max(16, power_of_two(-(-head_size // fields)))
+    units = max(128 if coded else 16, power_of_two(-(-head_size // fields)))
     row_bytes, widths = side.plane_bytes(head_size), side.planes()
-    narrow = not is_value and bits <= INT8_BITS and max(widths) < 4
+    narrow = not is_value and not coded and bits <= INT8_BITS and max(widths) < 4
     deep = 4 // min(widths) if narrow and unit_bytes == 4 else 1
     sizes = [deep * width for width in widths]  # of elements, in bytes
     if any(size > 8 or row % size or start % size for size, row, start in zip(sizes, row_bytes, planes, strict=True)):
@@ -123,7 +131,8 @@ def packed(layout: PageLayout, is_value: bool) -> Packed:
         unit_bytes=unit_bytes,
         units=units,
         deep=deep,
-        pairs=max(16, power_of_two(-(-head_size // (4 * per_byte)) * 4)),
+        rows=units if coded else max(16, power_of_two(-(-head_size // (4 * per_byte)) * 4)),
+        row_levels=1 if coded else per_byte,
         table=table,
         unpack=unpack,
         trellis=coded,
@@ -157,11 +166,70 @@ def _look_up(bits: int, byte: int) -> str:
     }}"""
 
 
+def _look_up_of_trellis(bits: int, row: int) -> str:
+    """PTX: levels of a word of eight indices (unpack_trellis), $4, as four pairs of float16: of the low nibbles of
+    bytes 0 and 1, of 2 and 3, and of the high ones. Signs are bits 4 n + row of $5, set where nibble n's is negative.
+
+    As :func:`_look_up`. Sixteen magnitudes are two tables without top bits: what prmt gives for an index with its top
+    bit set is the top bit of another byte, eight times, so the look-ups by the index and by its complement give zero
+    where they do not apply. Those magnitudes are (odd - 1) / 2. $10 is 2 and $11 is -1, unknown to the compiler: with
+    them complements and sums are products, which have a unit of their own beside the one that all else wants.
+    """
+    first, second = "prmt.b32 first, $6, $7, $4;", "prmt.b32 second, $6, $7, upper;"
+    if bits == 5:
+        first += """
+        mad.lo.u32 other, $4, $11, 0xffffffff;
+        prmt.b32 more, $8, $9, other;
+        mad.lo.u32 more, more, $10, 0x01010101;
+        mad.lo.u32 first, first, $10, more;"""
+        second += """
+        mad.lo.u32 other, upper, $11, 0xffffffff;
+        prmt.b32 more, $8, $9, other;
+        mad.lo.u32 more, more, $10, 0x01010101;
+        mad.lo.u32 second, second, $10, more;"""
+    return f"""{{
+        .reg .b32 upper, first, second, other, more, low_signs, high_signs;
+        shr.u32 upper, $4, 16;
+        {first}
+        {second}
+        shl.b32 low_signs, $5, {7 - row};
+        and.b32 low_signs, low_signs, 0x80808080;
+        shl.b32 high_signs, $5, {3 - row};
+        and.b32 high_signs, high_signs, 0x80808080;
+        prmt.b32 $0, first, low_signs, 0x5240;
+        prmt.b32 $1, second, low_signs, 0x7260;
+        prmt.b32 $2, first, high_signs, 0x5341;
+        prmt.b32 $3, second, high_signs, 0x7361;
+    }}"""
+
+
 def unit_level(side: Packed) -> float:
     """What the kernels' levels are to be multiplied by: half the codebook's step, or 1 above 4 bits."""
     if side.bits > INT8_BITS:
         return 1.0
     return (trellis_levels(side.bits - 1) if side.trellis else lloyd_max(side.bits, side.head_size)).step / 2
+
+
+def decoded_unit(side: Packed) -> float:
+    """The same of decoding, which has trellises of all widths in units of half a step."""
+    return trellis_levels(side.bits - 1).step / 2 if side.trellis else unit_level(side)
+
+
+@lru_cache(maxsize=256)
+def trellis_look_up(side: Packed, device: torch.device) -> torch.Tensor:
+    """Int32 ``[11]``: bytes of magnitudes by the index that ``unpack_trellis`` makes, for even t and, from 4 on, for
+    odd t; then 2, -1 and 0."""
+    integers = trellis_levels(side.bits - 1).integers.tolist()
+    odd = integers if side.bits == 5 else [2 * m + 1 for m in integers]
+    even = []
+    for index in range(len(odd)):  # of even t the path's bits are the other way round, and at the top if there are four
+        path, refine = (index >> 2, index & 3) if side.bits == 5 else (index & 3, index >> 2)
+        even.append(odd[4 * refine + (path >> 1 | path << 1 & 2)])
+    # the second eight of sixteen are looked up by the index' complement
+    tables = [table[:8] + table[:7:-1] if side.bits == 5 else table * (16 // len(table)) for table in (even, odd)]
+    return torch.tensor(
+        [*struct.unpack("<8i", bytes(tables[0] + tables[1])), 2, -1, 0], dtype=torch.int32, device=device
+    )
 
 
 @lru_cache(maxsize=256)
@@ -218,7 +286,13 @@ def prescales(count: int, device: torch.device) -> torch.Tensor:
 
 @lru_cache(maxsize=256)
 def rotation_terms(
-    head_size: int, device: torch.device, inverse: bool = False, fields: int = 1, units: int = 0, deep: int = 1
+    head_size: int,
+    device: torch.device,
+    inverse: bool = False,
+    fields: int = 1,
+    units: int = 0,
+    deep: int = 1,
+    trellis: bool = False,
 ) -> tuple[torch.Tensor, float]:
     """The rotation as a sum of bfloat16 matrices, and a factor: a row vector x becomes ``factor * (x @ sum)``.
 
@@ -227,7 +301,7 @@ def rotation_terms(
 
     Args:
         inverse: Un-rotate instead.
-        fields: With ``units`` and ``deep``: the columns' order, see :class:`Packed`.
+        fields: With ``units``, ``deep`` and ``trellis``: the columns' order, see :class:`Packed`.
 
     Returns:
         ``[1 or 3, padded, padded or fields * units]``, zeros beyond the head, and the factor.
@@ -238,6 +312,9 @@ def rotation_terms(
     unit = column % units
     place = unit % (units // deep) * deep + unit // (units // deep)
     coordinate = place * fields + column // units
+    if trellis:  # unpack_trellis.coordinate_of_column
+        field, byte = column // (units // 8), column % (units // 8)
+        coordinate = byte // 4 * 32 + field // 2 * 8 + byte % 4 * 2 + field % 2
     rotation = torch.from_numpy(rotation_matrix(head_size))
     matrix = torch.zeros(padded, fields * units, dtype=torch.float64)
     inside = coordinate < head_size

@@ -135,7 +135,7 @@ def v_words(pages, tile, four, look_up, S: tl.constexpr, plane: tl.constexpr):
     ``pages`` points to int32; ``tile`` is where each group's tile begins, in bytes, ``four`` its place there, 0 to 3.
     """
     width: tl.constexpr = S.widths[plane]
-    pair = tl.arange(0, S.pairs)
+    pair = tl.arange(0, S.rows)
     word = pair // 4
     if width < 4:
         octet = word
@@ -143,7 +143,7 @@ def v_words(pages, tile, four, look_up, S: tl.constexpr, plane: tl.constexpr):
     row = tile // 4 + (S.planes[plane] // 4 + four * 4)
     address = pages + (row[None, :] + (word * 16 + pair % 4)[:, None])
     per_byte: tl.constexpr = 1 if S.bits == 8 else 2
-    if S.pairs * per_byte > S.head_size:
+    if S.rows * per_byte > S.head_size:
         words = tl.load(address, mask=(pair * per_byte < S.head_size)[:, None], other=0)
     else:
         words = tl.load(address)
@@ -158,18 +158,12 @@ def words_of_k(pages, tile, token, look_up, S: tl.constexpr):
     """The codes of K ``[tokens, units]`` in the nibbles of up to three words: the first has 4 bits or fewer."""
     w0 = k_words(pages, tile, token, look_up, S, 0)
     w1, w2 = w0, w0
-    if S.trellis:
-        one, two = _k_path(pages, tile, token, look_up, S)
-        if len(S.widths) > 2:
-            w1 = k_words(pages, tile, token, look_up, S, 1)
-        w0 = _of_trellis(one, two, w0, S)
-    else:
-        if len(S.widths) > 1:
-            w1 = k_words(pages, tile, token, look_up, S, 1)
-        if len(S.widths) > 2:
-            w2 = k_words(pages, tile, token, look_up, S, 2)
-        if S.bits == 3:
-            w0 = w0 | w1 << 2
+    if len(S.widths) > 1:
+        w1 = k_words(pages, tile, token, look_up, S, 1)
+    if len(S.widths) > 2:
+        w2 = k_words(pages, tile, token, look_up, S, 2)
+    if S.bits == 3:
+        w0 = w0 | w1 << 2
     return w0, w1, w2
 
 
@@ -178,80 +172,13 @@ def words_of_v(pages, tile, four, look_up, S: tl.constexpr):
     """The codes of V ``[pairs, groups of four tokens]`` in the bytes of up to three words, likewise."""
     w0 = v_words(pages, tile, four, look_up, S, 0)
     w1, w2 = w0, w0
-    if S.trellis:
-        one, two = _v_path(pages, tile, four, look_up, S)
-        if len(S.widths) > 2:
-            w1 = v_words(pages, tile, four, look_up, S, 1)
-        w0 = _of_trellis(one, two, w0, S)
-    else:
-        if len(S.widths) > 1:
-            w1 = v_words(pages, tile, four, look_up, S, 1)
-        if len(S.widths) > 2:
-            w2 = v_words(pages, tile, four, look_up, S, 2)
-        if S.bits == 3:
-            w0 = w0 | w1 << 2
+    if len(S.widths) > 1:
+        w1 = v_words(pages, tile, four, look_up, S, 1)
+    if len(S.widths) > 2:
+        w2 = v_words(pages, tile, four, look_up, S, 2)
+    if S.bits == 3:
+        w0 = w0 | w1 << 2
     return w0, w1, w2
-
-
-# A trellis (kvfold/codecs/trellis.py): the path bits u of neighbours choose the subset, 2 (u_t xor u_{t-2}) + u_{t-1}.
-# The order t is that of the bits in memory, so all of a word's neighbours are the word shifted, with bits of the one
-# before it.
-
-
-@triton.jit
-def _k_path(pages, tile, token, look_up, S: tl.constexpr):
-    """u_{t-1} and u_t xor u_{t-2} of K ``[tokens, units]``, each nibble one coordinate's."""
-    plane: tl.constexpr = len(S.widths) - 1
-    size: tl.constexpr = 8 * S.unit_bytes
-    place = place_of_unit(S)
-    octet = place // (4 // S.unit_bytes)
-    column = column_of_unit(S, S.widths[plane])
-    inside = (place * S.fields < S.head_size)[None, :]
-    row = tile // S.unit_bytes + (S.planes[plane] + token * S.row_bytes[plane]) // S.unit_bytes
-    address = pages + (row[:, None] + column[None, :])
-    here = tl.load(address, mask=inside, other=0) if S.units * S.fields > S.head_size else tl.load(address)
-    here = here.to(tl.int32)
-    before = tl.load(address - 1, mask=inside & (column > 0)[None, :], other=0).to(tl.int32)
-    one = here << 1 | ((before >> (size - 1)) & 1)
-    two = here ^ (here << 2 | ((before >> (size - 2)) & 3))
-    shift = row_shift(look_up, octet, S, plane)[None, :]
-    return (one >> shift) & 0x11111111, (two >> shift) & 0x11111111
-
-
-@triton.jit
-def _v_path(pages, tile, four, look_up, S: tl.constexpr):
-    """The same of V ``[pairs, groups of four tokens]``: bytes are four tokens'."""
-    plane: tl.constexpr = len(S.widths) - 1
-    pair = tl.arange(0, S.pairs)
-    octet = pair // 4
-    byte = octet // 4 * 4 + pair % 4
-    row = tile // 4 + (S.planes[plane] // 4 + four * 4)
-    inside = (pair * 2 < S.head_size)[:, None]
-    address = pages + (row[None, :] + (octet // 4 * 16 + pair % 4)[:, None])
-    here = tl.load(address, mask=inside, other=0) if S.pairs * 2 > S.head_size else tl.load(address)
-    last = tl.maximum(byte - 1, 0)
-    before = tl.load(
-        pages + (row[None, :] + (last // 4 * 16 + last % 4)[:, None]), mask=inside & (byte > 0)[:, None], other=0
-    )
-    one = ((here << 1) & -0x01010102) | ((before >> 7) & 0x01010101)
-    two = here ^ (((here << 2) & -0x03030304) | ((before >> 6) & 0x03030303))
-    shift = row_shift(look_up, octet, S, plane)[:, None]
-    return (one >> shift) & 0x11111111, (two >> shift) & 0x11111111
-
-
-@triton.jit
-def _of_trellis(one, two, refine, S: tl.constexpr):
-    """Nibbles of a code, 4 r' + 2 two + one of the stored refine bits r', as far as 4 bits go.
-
-    Up to there as Lloyd–Max codes, whose sign bit is set where the level is negative: r' is sign and magnitude but for
-    that, and of the path's two bits negative levels have the complement.
-    """
-    code = one | two << 1 | refine << 2
-    if S.bits <= 4:
-        positive = (refine >> (S.bits - 3)) & 0x11111111
-        flips: tl.constexpr = 0x77777777 if S.bits == 3 else -0x44444445  # nibbles of 7, or of 11
-        code = code ^ positive * 3 ^ flips
-    return code
 
 
 @triton.jit
@@ -295,7 +222,7 @@ def wide_code(w0, w1, w2, S: tl.constexpr, byte: tl.constexpr, half: tl.constexp
     else:
         code = (w0 >> (8 * byte + 4 * half)) & 15
         code |= ((w1 >> (8 * byte + 4 * half)) & 15) << 4
-        if len(S.widths) > 2 and not S.trellis:
+        if len(S.widths) > 2:
             code |= ((w2 >> (8 * byte + 4 * half)) & 15) << 6
         return code
 
