@@ -296,6 +296,14 @@ def test_decode_groups_and_queries(group: int, num_queries: int) -> None:
     check_decode(cache, noise(3, num_queries, 2 * group, 64, seed=num_queries))
 
 
+@pytest.mark.parametrize("group", [1, 4, 6])
+def test_decode_in_the_tiles_of_an_older_triton(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.4 wants as many columns as rows: tiles are wider, and filled with nothing."""
+    monkeypatch.setattr(decode, "LEAST_COLUMNS", 16)
+    cache = make_cache(PageLayout.of("k3tv4", 64, page_size=16), (5, 70))
+    check_decode(cache, noise(2, 1, 2 * group, 64))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_decode_dtypes_and_strides(dtype: torch.dtype) -> None:
     cache = make_cache(PageLayout.of("k4v4", 64, page_size=16), (17, 70))

@@ -54,6 +54,9 @@ STAGES = 2
 WARPS_PER_SM = 8
 """Warps of the attention kernel that an SM holds at a time, by their registers."""
 
+LEAST_COLUMNS = 8 if hasattr(triton, "constexpr_function") else 16
+"""Of a product's right side, which Triton 3.4 wants as wide as its left side is high. Up to 4 rows have two each."""
+
 MIN_SPLIT_STEPS = 2
 MAX_SPLITS = 256
 
@@ -135,6 +138,7 @@ def _launch(
     heads = pages.shape[1]
     rows = num_queries * (num_heads // heads)
     row_tile = 4 if rows <= 4 else 8 if rows <= 8 else 16 if rows <= 16 else 64
+    row_tile = max(row_tile, LEAST_COLUMNS // 2 if rows <= 4 else LEAST_COLUMNS)
     # one warp holds 16 rows of a head of 128 in its registers
     warps = max(1, row_tile // 16) * (1 if max(k.padded, v.padded) <= 128 else 2)
     row_blocks = triton.cdiv(rows, row_tile)

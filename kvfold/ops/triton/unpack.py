@@ -13,6 +13,9 @@ import os
 import triton
 import triton.language as tl
 
+constexpr_function = triton.constexpr_function if hasattr(triton, "constexpr_function") else tl.constexpr_function
+"""In Triton 3.4 it is part of the language."""
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether kernels run in Triton's interpreter, which has no bfloat16 products and no inline assembly."""
 
@@ -82,13 +85,13 @@ def column_of_unit(S: tl.constexpr, width: tl.constexpr):
         return unit // (4 // S.unit_bytes) // (4 // width) * (4 // S.unit_bytes) + unit % (4 // S.unit_bytes)
 
 
-@triton.constexpr_function
+@constexpr_function
 def octets_of_element(S, width):
     """How many octets of coordinates have codes in what a narrow plane is loaded in."""
     return S.deep if S.deep > 1 else 4 // width
 
 
-@triton.constexpr_function
+@constexpr_function
 def element_bytes(S, width):
     """Of what K's plane of a width is loaded in."""
     return S.deep * width if S.deep > 1 else S.unit_bytes
@@ -190,7 +193,7 @@ def table_level(code, S: tl.constexpr, dtype: tl.constexpr = tl.bfloat16):
     return tl.where((code & (1 << (S.bits - 1))) != 0, -odd, odd).to(dtype)
 
 
-@triton.constexpr_function
+@constexpr_function
 def level_unit(S):
     """What the decode kernel's levels are in units of: its own instructions give subnormal numbers of float16."""
     return 2.0**-24 if len(S.unpack) > 0 else 1.0
@@ -309,7 +312,7 @@ def _plane_codes(pages, tile, token, coordinate, S: tl.constexpr, plane: tl.cons
     return ((found >> shift) & ((1 << width) - 1)) << before
 
 
-@triton.constexpr_function
+@constexpr_function
 def bits_before(widths, plane):
     """Bits of a code in the planes before this one."""
     return sum(widths[:plane])
