@@ -67,6 +67,19 @@ def decoded(cache: Cache, q: torch.Tensor, options: AttentionOptions) -> State:
     return out.cpu(), lse.cpu()
 
 
+def launches(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The options of the latest launch of decode's attention kernel."""
+    launched: dict[str, Any] = {}
+    real = decode._attend
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            return lambda *args, **options: launched.update(options) or real[grid](*args, **options)
+
+    monkeypatch.setattr(decode, "_attend", Kernel())
+    return launched
+
+
 def assert_near(got: State, want: Expected, dtype: torch.dtype) -> None:
     """Who sees nothing gets exactly 0 and -inf; the rest is near the truth."""
     (out, lse), (true_out, true_lse) = got, want.truth
@@ -265,14 +278,7 @@ def test_stages_of_loads(
     spec: str, head_size: int, num_queries: int, stages: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = make_cache(PageLayout.of(spec, head_size, head_size, 64), (65,), heads=1)
-    launched = {}
-    real = decode._attend
-
-    class Kernel:
-        def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **options: launched.update(options) or real[grid](*args, **options)
-
-    monkeypatch.setattr(decode, "_attend", Kernel())
+    launched = launches(monkeypatch)
     check_decode(cache, noise(1, num_queries, 4, head_size))
     assert launched["num_stages"] == stages
 
@@ -282,6 +288,16 @@ def test_stages_of_loads(
 def test_decode_of_trellises_and_references(sizes: tuple[int, int], page_size: int) -> None:
     layout = PageLayout.of("k3tv2t+mean", *sizes, page_size)
     check_decode(make_cache(layout, [70, 1, 33]), noise(3, 2, 4, sizes[0]))
+
+
+@pytest.mark.parametrize(
+    ("spec", "sizes"),
+    [("k4tv4t", (128, 128)), ("k2tv3t", (120, 100)), ("k3tv4t+mean", (256, 256)), ("k8v2t", (64, 160))],
+    ids=str,
+)
+def test_decode_of_trellises_head_sizes(spec: str, sizes: tuple[int, int]) -> None:
+    """Whole words, parts of words, and two warps; of V alone beside wide keys."""
+    check_decode(make_cache(PageLayout.of(spec, *sizes, 64), (33, 70), heads=1), noise(2, 1, 3, sizes[0]))
 
 
 @pytest.mark.parametrize("sizes", [(32, 32), (80, 112), (96, 64), (192, 128), (256, 256)], ids=str)
@@ -296,12 +312,14 @@ def test_decode_groups_and_queries(group: int, num_queries: int) -> None:
     check_decode(cache, noise(3, num_queries, 2 * group, 64, seed=num_queries))
 
 
-@pytest.mark.parametrize("group", [1, 4, 6])
-def test_decode_in_the_tiles_of_an_older_triton(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("group", "rows"), [(1, 8), (4, 8), (6, 16)])
+def test_decode_in_the_tiles_of_an_older_triton(group: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.4 wants as many columns as rows: tiles are wider, and filled with nothing."""
     monkeypatch.setattr(decode, "LEAST_COLUMNS", 16)
+    launched = launches(monkeypatch)
     cache = make_cache(PageLayout.of("k3tv4", 64, page_size=16), (5, 70))
     check_decode(cache, noise(2, 1, 2 * group, 64))
+    assert launched["ROWS"] == rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -346,9 +364,21 @@ VISIBILITY: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", VISIBILITY.values(), ids=VISIBILITY)
-def test_decode_visibility(options: dict[str, Any]) -> None:
-    cache = make_cache(PageLayout.of("k4v3", 32, 64, 16), LENGTHS, heads=1)
+@pytest.mark.parametrize(("spec", "page_size"), [("k4v3", 16), ("k3tv4t", 64)])
+def test_decode_visibility(spec: str, page_size: int, options: dict[str, Any]) -> None:
+    cache = make_cache(PageLayout.of(spec, 32, 64, page_size), LENGTHS, heads=1)
     check_decode(cache, noise(5, 3, 2, 32), **options)
+
+
+@pytest.mark.parametrize("options", [{"first": 0}, {"query_start": 0, "window": 50}], ids=["first", "query-start"])
+@pytest.mark.parametrize(("spec", "page_size"), [("k4v4", 16), ("k3tv4t", 64), ("k2v3t", 16)])
+def test_positions_far_beyond_all_tokens(spec: str, page_size: int, options: dict[str, Any]) -> None:
+    """Tables of trellises are read ahead: not where a sum of such positions overflows to."""
+    cache = make_cache(PageLayout.of(spec, 32, page_size=page_size), (300, 70), heads=1)
+    far = {name: value or torch.tensor([2**31 - 1, 2**31 - 65], dtype=torch.int32) for name, value in options.items()}
+    out, lse = check_decode(cache, noise(2, 1, 2, 32), **far)
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize(
@@ -390,15 +420,16 @@ def test_scratch_of_decodes_is_bounded(invariant: bool, peak: Peak, monkeypatch:
     assert 0 < peak.most - 4 * (out.numel() + lse.numel()) <= room
 
 
-def test_sequences_that_see_nothing_give_zero_and_minus_infinity() -> None:
-    cache = make_cache(PageLayout.of("k4v4", 32, page_size=16), (0, 20, 20), heads=1)
+@pytest.mark.parametrize(("spec", "page_size"), [("k4v4", 16), ("k3tv4t", 64)])
+def test_sequences_that_see_nothing_give_zero_and_minus_infinity(spec: str, page_size: int) -> None:
+    cache = make_cache(PageLayout.of(spec, 32, page_size=page_size), (0, 20, 20), heads=1)
     out, lse = check_decode(cache, noise(3, 2, 2, 32), first=torch.tensor([0, 20, 0]))
     assert torch.equal(out[:2], torch.zeros_like(out[:2]))
     assert torch.equal(lse[:2], torch.full_like(lse[:2], -torch.inf))
     assert lse[2].isfinite().all()
 
 
-@pytest.mark.parametrize("spec", ["k4v4", "k3v6"])
+@pytest.mark.parametrize("spec", ["k4v4", "k3v6", "k3tv4t"])
 def test_bytes_that_nobody_wrote_do_not_leak(spec: str) -> None:
     cache = make_cache(PageLayout.of(spec, 32, page_size=16), (0, 1, 40), heads=1)
     results = []

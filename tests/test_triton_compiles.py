@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-FORMATS = ("k3v2", "k1v8", "k4v4+mean", "k3tv4t+mean")
+FORMATS = ("k3v2", "k1v8", "k4v4+mean", "k3tv4t+mean", "k3tv4t")
 
 
 @pytest.mark.parametrize("spec", FORMATS)

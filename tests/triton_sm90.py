@@ -28,7 +28,7 @@ from kvfold.ops.triton.exact import picked_attention
 CASES = (
     ("k4v4", 128, 128, 64), ("k3v2", 128, 128, 16), ("k1v8", 64, 32, 32), ("k5v6+plain", 33, 80, 16),
     ("k4v3+nc", 64, 64, 64), ("k8v2+mse+pre5", 32, 256, 32), ("k4v4+mean", 128, 64, 64), ("k2tv3t", 64, 64, 64),
-    ("k3tv4t+mean", 80, 40, 16), ("k4tv2", 128, 128, 32), ("k2tv2t+mean", 64, 64, 64),
+    ("k3tv4t+mean", 80, 40, 16), ("k4tv2", 128, 128, 32), ("k2tv2t+mean", 64, 64, 64), ("k3tv4t", 128, 128, 64),
 )  # fmt: skip
 """Format, head sizes of K and V, page size."""
 

@@ -218,15 +218,14 @@ __device__ __forceinline__ void load_values(const Lane&, u32, Values&) {}
 template <class Use>
 __device__ __forceinline__ void for_values(const Lane& L, u32 tiles, Values& V, int lane, const Use& use) {
 #if BY_TILES
-    if (!VALUES_AHEAD) load_values(L, tiles, V);
 #pragma unroll
     for (int a = 0; a < 2; a++) {
         u32 down = shift_down(V.last[a], L.v_down);
 #pragma unroll
         for (int byte = 0; byte < 2; byte++) {
-            const u32 u = V.path[a][byte], top = VBITS == 4 ? V.top[a][byte] : 0;
+            const u32 u = V.path[a][byte], top = V.top[a][byte];
             u32 w[4];
-            join<VBITS>(u, two_up(down, u, 0xfcfcfcfcu), V.low[a][byte], VBITS > 2 ? V.high[a][byte] : 0, top, w);
+            join<VBITS>(u, two_up(down, u, 0xfcfcfcfcu), V.low[a][byte], V.high[a][byte], top, w);
             down = u >> 6;
             use(2 * byte, w[0], w[1], top, 0, a);
             use(4 + 2 * byte, w[2], w[3], top, 2, a);

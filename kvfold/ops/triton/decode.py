@@ -223,6 +223,9 @@ def _rows(x: torch.Tensor | None, some: slice) -> torch.Tensor | None:
     return None if x is None else x[some]
 
 
+LAST = tl.constexpr(FAR - 1)
+"""Of positions where tables are read ahead of what is asked for: after it and some steps there is still no overflow."""
+
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 LARGEST = tl.constexpr(16384.0)
@@ -287,9 +290,13 @@ def _attend(
     start = length - num_queries
     if HAS_START:
         start = tl.load(query_start + batch * query_start_stride).to(tl.int32)
+        if K.trellis or V.trellis:
+            start = tl.minimum(start, LAST)
     lowest = 0
     if HAS_FIRST:
         lowest = tl.maximum(tl.load(first + batch * first_stride).to(tl.int32), 0)
+        if K.trellis or V.trellis:
+            lowest = tl.minimum(lowest, LAST)
     begin = tl.maximum(start + query - window + 1, lowest)
     end = tl.minimum(start + query - lag + 1, length)
     from_token = tl.maximum(start - window + 1, lowest)
@@ -465,7 +472,6 @@ def _scores(
     s = tl.zeros((TOKENS, ROWS * (2 if STACKED else 1)), tl.float32)
     per_byte: tl.constexpr = 1 if K.bits == 8 else 2
     unit_bytes: tl.constexpr = K.unit_bytes
-    w0, w1, w2 = words_of_k(pages, tile, token, look_up, K)
     if K.trellis:
         level = k_levels(pages, tile, token, look_up, magnitudes, K)
         if not STACKED:

@@ -27,7 +27,7 @@ class Packed(NamedTuple):
 
     A *unit* is what a thread loads of one token's K at once: ``fields`` consecutive coordinates, so that coordinate
     ``fields * u + f`` is field f of unit u. Field by field, units are columns of a matrix product. A head is cut into
-    at least 16 of them, the smallest contraction of a tensor core. (V is loaded by four tokens: ``pairs`` bytes wide.)
+    at least 16 of them, the smallest contraction of a tensor core. (V is loaded by four tokens.)
 
     A word of a narrow plane has the codes of two or four units. So that neighbouring units are in neighbouring words,
     which are loaded sixteen bytes at a time, units then come in another order, ``unpack.place_of_unit``: with ``deep``
@@ -47,14 +47,15 @@ class Packed(NamedTuple):
         row_bytes: Bytes of a token's row in each plane.
         scales: Offset in the tile of the scales.
         fields: Coordinates of a unit of K.
-        unit_bytes: Bytes of a unit in a plane of 4 or 8 bits.
+        unit_bytes: Bytes of a unit in a plane of 4 or 8 bits; of a trellis, of the words that are loaded.
         units: Units of a vector of K, padded to a power of two.
         deep: Of narrow planes, the units of K to an element of memory, which is a word of the narrowest plane and one
             or two of others; 1 if there is a plane of 4 bits, and of V.
         rows: Of V's tile: bytes of a vector in a plane of 4 or 8 bits, padded to a power of two, or a trellis' units.
         row_levels: Coordinates of a row: the two of such a byte, or one.
         table: Up to 4 bits: the odd integers ``2 m + 1`` of the magnitudes, eight bytes as two int32.
-        unpack: Up to 4 bits on NVIDIA: for either half of a word, the instructions that look up its four codes.
+        unpack: On NVIDIA, the instructions that look up codes: up to 4 bits for either half of a word; of a trellis for
+            each of four rows.
         trellis: Whether the last plane has a trellis' path bits.
     """
 

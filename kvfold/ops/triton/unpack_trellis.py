@@ -57,9 +57,10 @@ def magnitudes(look_up, S: tl.constexpr):
 
 @triton.jit
 def known(pointer, inside, S: tl.constexpr):
-    """The int32 at a pointer where ``inside``, else 0, as if no load were needed.
+    """The integer at a pointer, less than 2^31, where ``inside``, else 0, as if no load were needed.
 
-    The compiler's stages of loads (``num_stages``) would give what depends on a load a stage less.
+    The compiler's stages of loads (``num_stages``) would give what depends on a load a stage less. So this is read some
+    steps ahead of the loop, and even if there is no step: ``inside`` must hold for no place that may not be read.
     """
     if len(S.unpack) > 0:
         return tl.inline_asm_elementwise(
