@@ -87,6 +87,9 @@ def compile_all(whole: bool, spec: str, head_size: int, head_size_v: int, page_s
             kernels.decode_attention(q, pages, table, lengths, layout, options)
             full = AttentionOptions(0.1, softcap=5.0, window=30, mask=torch.ones(1, 3, 128, dtype=torch.bool))
             kernels.decode_attention(q.expand(1, 3, -1, -1).contiguous(), pages, table, lengths, layout, full)
+            kernels.decode_attention(
+                q, pages, table, lengths, layout, AttentionOptions(0.1, first=lengths, query_start=lengths, lag=2)
+            )
             picked = Picked(*torch.zeros(3, 1, 40, dtype=torch.int32))
             at, before = AttentionOptions(0.1, query_start=lengths, softcap=5.0), (v[:1, None, :1], lengths.float())
             picked_attention(q, k, v, picked, at, None)

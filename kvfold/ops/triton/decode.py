@@ -32,8 +32,7 @@ from kvfold.ops.triton.unpack import (
     place_of_unit,
     two_halves,
     wide_code,
-    words_of_k,
-    words_of_v,
+    words_of,
 )
 from kvfold.ops.triton.unpack_trellis import (
     coordinate_of_column,
@@ -426,7 +425,7 @@ def _attend(
             levels = v_levels(v_here, tile, place_in_tile, v_table, v_magnitudes, V)
             even = multiply(levels, tokens_of_groups(p[0], p[1], p[2], p[3]), even)
         else:
-            w0, w1, w2 = words_of_v(v_here, tile, place_in_tile, v_table, V)
+            w0, w1, w2 = words_of(v_here, tile, place_in_tile, v_table, V)
             for two in tl.static_range(0, 4, 2):
                 p0 = _doubled((weights[two] * to_half[None, :]).to(tl.float16), STACKED)
                 p1 = _doubled((weights[two + 1] * to_half[None, :]).to(tl.float16), STACKED)
@@ -478,7 +477,7 @@ def _scores(
             s = multiply(level, q_rest[0], s)
         s = multiply(level, q_main[0], s)
     elif K.bits <= 4:
-        w0, w1, w2 = words_of_k(pages, tile, token, look_up, K)
+        w0, w1, w2 = words_of(pages, tile, token, look_up, K)
         for first in tl.static_range(0, unit_bytes, 2):
             low0, high0, low1, high1 = levels_of_two_bytes(w0, look_up, K, first)
             if not STACKED:
@@ -489,7 +488,7 @@ def _scores(
                     s = multiply(high1, q_rest[2 * first + 3], multiply(low1, q_rest[2 * first + 2], s))
                 s = multiply(high1, q_main[2 * first + 3], multiply(low1, q_main[2 * first + 2], s))
     else:
-        w0, w1, w2 = words_of_k(pages, tile, token, look_up, K)
+        w0, w1, w2 = words_of(pages, tile, token, look_up, K)
         for byte in tl.static_range(unit_bytes):
             for half in tl.static_range(per_byte):
                 main, rest = two_halves(look_up, wide_code(w0, w1, w2, K, byte, half))

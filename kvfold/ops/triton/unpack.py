@@ -157,31 +157,26 @@ def v_words(pages, tile, four, look_up, S: tl.constexpr, plane: tl.constexpr):
 
 
 @triton.jit
-def words_of_k(pages, tile, token, look_up, S: tl.constexpr):
-    """The codes of K ``[tokens, units]`` in the nibbles of up to three words: the first has 4 bits or fewer."""
-    w0 = k_words(pages, tile, token, look_up, S, 0)
+def words_of(pages, tile, place, look_up, S: tl.constexpr):
+    """The codes of K ``[tokens, units]`` in the nibbles of up to three words, of which the first has 4 bits or fewer;
+    those of V ``[rows, groups of four tokens]`` likewise in their bytes. ``place``: of token or group in its tile."""
+    w0 = _words(pages, tile, place, look_up, S, 0)
     w1, w2 = w0, w0
     if len(S.widths) > 1:
-        w1 = k_words(pages, tile, token, look_up, S, 1)
+        w1 = _words(pages, tile, place, look_up, S, 1)
     if len(S.widths) > 2:
-        w2 = k_words(pages, tile, token, look_up, S, 2)
+        w2 = _words(pages, tile, place, look_up, S, 2)
     if S.bits == 3:
         w0 = w0 | w1 << 2
     return w0, w1, w2
 
 
 @triton.jit
-def words_of_v(pages, tile, four, look_up, S: tl.constexpr):
-    """The codes of V ``[pairs, groups of four tokens]`` in the bytes of up to three words, likewise."""
-    w0 = v_words(pages, tile, four, look_up, S, 0)
-    w1, w2 = w0, w0
-    if len(S.widths) > 1:
-        w1 = v_words(pages, tile, four, look_up, S, 1)
-    if len(S.widths) > 2:
-        w2 = v_words(pages, tile, four, look_up, S, 2)
-    if S.bits == 3:
-        w0 = w0 | w1 << 2
-    return w0, w1, w2
+def _words(pages, tile, place, look_up, S: tl.constexpr, plane: tl.constexpr):
+    if S.is_value:
+        return v_words(pages, tile, place, look_up, S, plane)
+    else:
+        return k_words(pages, tile, place, look_up, S, plane)
 
 
 @triton.jit
